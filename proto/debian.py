@@ -29,6 +29,14 @@ PACKAGES = {
         "libgeronimo-annotation-1.3-spec-java",
     ),
     "cpp": (*_COMPILER, "libgrpc++-dev", "libprotobuf-dev"),
+    "go": (
+        "golang-go",
+        "protoc-gen-go",
+        "protoc-gen-go-grpc",
+        "golang-google-grpc-dev",
+        "golang-google-genproto-dev",
+        "golang-google-protobuf-dev",
+    ),
     "ruby": (*_COMPILER, "ruby", "ruby-grpc", "ruby-googleapis-common-protos-types"),
 }
 

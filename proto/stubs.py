@@ -34,7 +34,7 @@ class Language:
 
     Attributes:
         programs: the programs that are needed.
-        commands: returns the commands that compile the stubs in a folder; None: not compiled.
+        commands: returns the commands that compile the stubs in a folder, none if it cannot.
         example: returns the command that runs the example, which is compiled with the stubs.
         whole: whether Google's protos are generated too, though the template leaves them out.
     """
@@ -100,6 +100,22 @@ def ruby(folder: Path) -> list[list[str]]:
     return [["ruby", "-I", str(folder), *requires, "-e", "Img2Img::V1::Img2ImgService::Stub"]]
 
 
+def go(folder: Path) -> list[list[str]]:
+    if not any((path / "src/google.golang.org/grpc").exists() for path in _gocode()):
+        return []  # Newer versions of Go load modules, which a module of the caller declares.
+    (folder / "gopath").mkdir()
+    (folder / "gopath" / "src").symlink_to(folder)
+    path = ":".join(map(str, [folder / "gopath", *_gocode()]))
+    variables = {"GO111MODULE": "off", "GOPATH": path, "GOCACHE": str(debian.ROOT / "gocache")}
+    settings = [f"{name}={value}" for name, value in variables.items()]
+    return [["env", *settings, "go", "build", "img2img/v1"]]
+
+
+def _gocode() -> list[Path]:
+    """Returns the folders of Debian's packages of Go."""
+    return [debian.ROOT / "usr/share/gocode", Path("/usr/share/gocode")]
+
+
 NODE = ("buf", "node", "tsc")
 LANGUAGES = {
     "typescript-connect": Language((*NODE, "protoc-gen-es"), typescript, run_typescript),
@@ -108,7 +124,7 @@ LANGUAGES = {
         ("buf", "protoc", "grpc_java_plugin", "javac", "java"), java, run_java, whole=True
     ),
     "kotlin": Language(("buf", "protoc", "protoc-gen-grpc-kotlin")),
-    "go": Language(("buf", "protoc-gen-go", "protoc-gen-go-grpc")),
+    "go": Language(("buf", "protoc-gen-go", "protoc-gen-go-grpc", "go"), go),
     "csharp": Language(("buf", "protoc", "grpc_csharp_plugin")),
     "rust": Language(("buf", "protoc-gen-prost", "protoc-gen-tonic")),
     "ruby": Language(("buf", "protoc", "grpc_ruby_plugin", "ruby"), ruby),
@@ -123,6 +139,8 @@ def main() -> int:
     parser.add_argument("--installed", action="store_true", help="download no packages")
     parser.add_argument("languages", nargs="*", metavar="LANGUAGE")
     arguments = parser.parse_args()
+    if unknown := set(arguments.languages) - LANGUAGES.keys():
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(LANGUAGES)}")
     failed = False
     for name in arguments.languages or LANGUAGES:
         if not arguments.installed and name in debian.PACKAGES:
@@ -136,30 +154,36 @@ def main() -> int:
             print(f"{name}: skipped: {' and '.join(missing)} not installed", flush=True)
             continue
         try:
-            build(name, arguments.output.resolve() / name)
+            compiled = build(name, arguments.output.resolve() / name)
         except subprocess.CalledProcessError as error:
             print(f"{name}: failed: {error}\n{error.stdout}", file=sys.stderr, flush=True)
             failed = True
             continue
-        done = "generated and compiled" if LANGUAGES[name].commands else "generated"
+        done = "generated and compiled" if compiled else "generated"
         print(f"{name}: {done} in {time.monotonic() - began:.1f} s", flush=True)
     return int(failed)
 
 
-def build(name: str, folder: Path) -> None:
-    """Generates the stubs of a language and compiles them. Raises CalledProcessError."""
+def build(name: str, folder: Path) -> bool:
+    """Generates the stubs of a language and compiles them. Returns whether it could compile them.
+
+    Raises:
+        CalledProcessError: a program failed; the error has its output.
+    """
     language = LANGUAGES[name]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     template = f"proto/stubs/buf.gen.{name}.yaml"
     inputs = ["proto"] if language.whole else []
     run("buf", "generate", *inputs, "--template", template, "--output", str(folder))
-    for command in language.commands(folder) if language.commands else ():
+    commands = language.commands(folder) if language.commands else []
+    for command in commands:
         run(*command)
     if language.example:
         script = folder / "run"
         script.write_text(f'#!/bin/sh\nexec {shlex.join(language.example(folder))} "$@"\n')
         script.chmod(0o755)
+    return bool(commands)
 
 
 def run(*command: str) -> None:

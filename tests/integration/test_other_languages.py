@@ -57,12 +57,18 @@ class Example:
             await process.wait()
 
 
+def build(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "proto/stubs.py", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
 @pytest.fixture(scope="module", params=["typescript-grpc-js", "typescript-connect", "java"])
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Builds the example of a language, or skips its tests."""
     folder, language = tmp_path_factory.mktemp("stubs"), request.param
-    command = [sys.executable, "proto/stubs.py", "--installed", f"--output={folder}", language]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    built = build("--installed", f"--output={folder}", language)
     if ": skipped: " in built.stdout:
         pytest.skip(built.stdout.strip())
     assert built.returncode == 0, built.stderr
@@ -90,7 +96,6 @@ async def test_an_example_shows_previews_and_resumes_after_the_connection_breaks
             lines.append(line.decode().strip())
             if lines[-1].endswith(" preview"):
                 break
-        preview = (example.folder / "preview.jpg").read_bytes()
         relay.reset()
         async for line in process.stdout:
             lines.append(line.decode().strip())
@@ -100,7 +105,8 @@ async def test_an_example_shows_previews_and_resumes_after_the_connection_breaks
         listed = await stack.api.stub.ListJobs(service_pb2.ListJobsRequest(), metadata=DEV)
         [job] = listed.jobs
     assert (job.state, job.attempt) == (job_pb2.Job.STATE_SUCCEEDED, 1)
-    assert preview.startswith(b"\xff\xd8")
+    with Image.open(example.folder / "preview.jpg") as preview:
+        assert preview.format == "JPEG"
     numbers = [int(found[0]) for line in lines if (found := re.match(r"\d+", line))]
     assert numbers == sorted(set(numbers))
     steps = [line.partition(" ")[2] for line in lines if " step " in line]
@@ -148,3 +154,17 @@ def test_the_code_of_the_page_is_that_of_the_examples() -> None:
     assert {block.language for block in blocks} == {"ts", "java"}
     for block in blocks:
         assert any(block.text in source for source in sources), block.text
+
+
+def test_the_page_lists_every_language_that_has_a_template() -> None:
+    templates = {path.name for path in (ROOT / "proto" / "stubs").iterdir()}
+    assert set(re.findall(r"`(buf\.gen\.[\w-]+\.yaml)`", PAGE.read_text())) == templates
+    known = build("esperanto").stderr.strip().partition("choose from ")[2].split(", ")
+    assert {f"buf.gen.{name}.yaml" for name in known} == templates
+
+
+def test_a_language_is_skipped_with_the_programs_that_are_missing() -> None:
+    built = build("--installed", "rust", PATH="")
+    expected = r"rust: skipped: (buf and )?protoc-gen-prost and protoc-gen-tonic not installed\n"
+    assert (built.returncode, built.stderr) == (0, "")
+    assert re.fullmatch(expected, built.stdout)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
+import pytest
 from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.descriptor_pb2 import (
     DescriptorProto,
     EnumDescriptorProto,
     FieldDescriptorProto,
     FileDescriptorProto,
+    FileDescriptorSet,
 )
 
 from img2img.v1 import admin_service_pb2, event_pb2, job_pb2, service_pb2
 from tests.golden_file import assert_golden
+from tests.readme import ROOT
 
 
 def described(file: FileDescriptor) -> Iterator[str]:
@@ -63,3 +69,29 @@ def test_the_protocol_on_the_wire_is_the_golden_one() -> None:
     modules = (job_pb2, event_pb2, service_pb2, admin_service_pb2)
     lines = [line for module in modules for line in described(module.DESCRIPTOR)]
     assert_golden("descriptor.txt", "\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "proto/generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_request_field_without_a_declared_behavior_is_found(
+    generator: ModuleType, tmp_path: Path
+) -> None:
+    file = FileDescriptorProto()
+    service_pb2.DESCRIPTOR.CopyToProto(file)
+    [request] = [each for each in file.message_type if each.name == "CreateJobRequest"]
+    found = tmp_path / "descriptors.binpb"
+    found.write_bytes(FileDescriptorSet(file=[file]).SerializeToString())
+    assert list(generator.fields_without_behavior(found)) == []
+    request.field.add(name="colour", number=99, type=FieldDescriptorProto.TYPE_STRING)
+    found.write_bytes(FileDescriptorSet(file=[file]).SerializeToString())
+    assert list(generator.fields_without_behavior(found)) == [
+        f"{file.name}: CreateJobRequest.colour"
+    ]
