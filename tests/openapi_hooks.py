@@ -28,7 +28,6 @@ NUMBERS = {
     "num_inference_steps": "4",
     "guidance_scale": "1.5",
     "preview_interval_steps": "1",
-    "lora_scale": "1e0",
     "true_cfg_scale": "2",
     "output_quality": "80",
 }
@@ -107,7 +106,12 @@ def _waiting_job() -> str:
 def _correct_edit(body: dict[str, Any], file: bytes | None) -> None:
     """Replaces values whose validity no schema can express."""
     body["image"] = file or KNOWN["image"]
-    for name, known in (("model", KNOWN["model"]), ("size", "256x264"), ("image[]", "")):
+    for name, known in (
+        ("model", KNOWN["model"]),
+        ("size", "256x264"),
+        ("image[]", ""),
+        ("loras", ""),
+    ):
         if name in body:
             body[name] = known
 
@@ -116,7 +120,7 @@ def _correct(body: dict[str, Any]) -> None:
     if "init_image" in body:
         inline = KNOWN["image"]
         body["init_image"] = inline if isinstance(body["init_image"], str) else {"data": inline}
-    for name, known in (("model", KNOWN["model"]), ("scheduler", ""), ("lora", "")):
+    for name, known in (("model", KNOWN["model"]), ("scheduler", ""), ("loras", [])):
         if name in body:
             body[name] = known
     if "request_id" in body:

@@ -85,6 +85,8 @@ from img2img_client.spec import CreateOptions as CreateOptions
 from img2img_client.spec import ImageFormat as ImageFormat
 from img2img_client.spec import ImageSource as ImageSource
 from img2img_client.spec import Lane as Lane
+from img2img_client.spec import Lora as Lora
+from img2img_client.spec import Loras as Loras
 from img2img_client.spec import Options as Options
 from img2img_client.spec import Spec as Spec
 from img2img_client.spec import StreamOptions as StreamOptions

@@ -171,7 +171,9 @@ def _set_fields(message: Message, values: Mapping[str, Any]) -> list[Violation]:
     violations = []
     for name, value in values.items():
         try:
-            if isinstance(value, Message):
+            if name == "loras":
+                message.loras.extend(_loras(value))  # type: ignore[attr-defined]
+            elif isinstance(value, Message):
                 getattr(message, name).CopyFrom(value)
             elif isinstance(value, Mapping):
                 getattr(message, name).update(value)
@@ -186,6 +188,17 @@ def _set_fields(message: Message, values: Mapping[str, Any]) -> list[Violation]:
     return violations
 
 
+def _loras(value: Any) -> list[job_pb2.Lora]:
+    """Raises TypeError or ValueError for a value of another form."""
+    if isinstance(value, str):
+        return [job_pb2.Lora(name=value)]
+    found = []
+    for each in value.items() if isinstance(value, Mapping) else value:
+        name, scale = (each, None) if isinstance(each, str) else each
+        found.append(job_pb2.Lora(name=name, scale=scale))
+    return found
+
+
 def _enum(message: Message, name: str) -> EnumDescriptor | None:
     return message.DESCRIPTOR.fields_by_name[name].enum_type  # type: ignore[return-value]
 
@@ -193,6 +206,8 @@ def _enum(message: Message, name: str) -> EnumDescriptor | None:
 def _expected(message: Message, name: str) -> str:
     """Returns a phrase that describes the values of a protobuf field, for an error message."""
     enum = _enum(message, name)
+    if name == "loras":
+        return "a name, names, names with scales, or a mapping of names to scales"
     if enum is None:
         return _KINDS[message.DESCRIPTOR.fields_by_name[name].cpp_type]
     prefix = enum_prefix(enum)

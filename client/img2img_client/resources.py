@@ -291,6 +291,7 @@ class Limits:
     min_strength: float
     max_strength: float
     max_clip_skip: int
+    max_loras: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ protocol.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol, Self, TypedDict, runtime_checkable
@@ -44,6 +44,10 @@ class PillowImage(Protocol):
 ImageSource = str | os.PathLike[str] | bytes | ImageFile | PillowImage
 
 
+# A name, names, names with scales, or scales by name.
+Loras = str | Mapping[str, float] | Sequence[str | tuple[str, float]]
+
+
 class Options(TypedDict, total=False):
     """The fields of JobSpec except prompt and init image. Absent or None: the service's default."""
 
@@ -65,8 +69,8 @@ class Options(TypedDict, total=False):
     num_inference_steps: int | None  # steps of the schedule; strength x steps run, at least one
     guidance_scale: float | None  # 1.0 and below turn guidance off
     scheduler: str | None  # name of a scheduler, see capabilities()
-    lora: str | None  # name of a LoRA of the model, see capabilities()
-    lora_scale: float | None  # weight of the LoRA, default 1.0
+    # LoRAs of the model, see capabilities(): a name, names, or scales by name; default scale 1.0
+    loras: Loras | None
     # Guidance with the negative prompt in models such as FLUX.1; 1.0 and below turn it off.
     true_cfg_scale: float | None
     # "steps" (default): share of steps that run; "noise_level": share of noise at the first step
@@ -97,6 +101,14 @@ class StreamOptions(CreateOptions, total=False):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lora:
+    """A LoRA of a job and the scale of its change."""
+
+    name: str
+    scale: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
     """The request with the service's defaults and the drawn seed filled in."""
 
@@ -122,8 +134,7 @@ class Spec:
     preview_interval_steps: int
     lane: Lane
     annotations: Mapping[str, str]
-    lora: str
-    lora_scale: float | None
+    loras: tuple[Lora, ...]
     true_cfg_scale: float | None
     strength_mode: StrengthMode
     allow_partial: bool

@@ -42,8 +42,7 @@ async def test_loras_are_offered_where_the_model_has_some(browser: playwright.Br
         await lora.select_option("sketch")
         await page.get_by_label("LoRA scale").fill("0.5")
         text = await page.locator("#code").inner_text()
-        assert 'lora="sketch"' in text
-        assert "lora_scale=0.5" in text
+        assert 'loras={"sketch":0.5}' in text
 
 
 async def test_the_models_own_strength_and_a_seed_of_64_bits_are_asked_for(

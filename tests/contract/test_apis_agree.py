@@ -56,7 +56,10 @@ MODEL = replace(
     scheduler_max_steps=(("euler", 10),),
     max_side_pixels=1216,
     kind=ModelKind.FLOW,
+    loras=("ink", "oil: v2"),
 )
+
+LORA_LIST = 'be a list of objects with "name" (a string) and optionally "scale" (a number)'
 
 
 class Apis:
@@ -360,6 +363,80 @@ async def test_strength_may_be_a_noise_level(api: str, apis: Apis) -> None:
     assert (job.spec.strength_mode, job.warning) == (mode, "")
     assert (job.denoising_steps, job.start_noise) == (job.timings.steps, 0.35)
     assert (await apis.make(api)).spec.strength_mode == job_pb2.STRENGTH_MODE_STEPS
+
+
+@pytest.mark.parametrize(
+    "loras",
+    [[{"name": "oil: v2", "scale": 0.5}, {"name": "ink"}], [{"name": "ink", "scale": "0.25"}], []],
+    ids=["two", "text-number", "none"],
+)
+async def test_v1_takes_loras_in_a_list(loras: list[dict[str, Any]], apis: Apis) -> None:
+    found = (await apis.make("v1", loras=loras)).spec.loras
+    assert [(lora.name, lora.scale) for lora in found] == [
+        (each["name"], float(each.get("scale", 1))) for each in loras
+    ]
+
+
+@pytest.mark.parametrize(
+    ("loras", "rule"),
+    [
+        ("ink", LORA_LIST),
+        ({"ink": 0.5}, LORA_LIST),
+        (["ink"], LORA_LIST),
+        ([{"name": "ink", "scale": True}], LORA_LIST),
+        ([{"name": "ink", "weight": 1}], LORA_LIST),
+        ([{"name": "wool"}], "be one of ink, oil: v2"),
+        ([{"scale": 1}], "be one of ink, oil: v2"),
+        ([{"name": "ink", "scale": 2.5}], "have scales between 0 and 2"),
+        ([{"name": "ink"}] * 2, "have each name once"),
+        ([{"name": "ink"}] * 1_000, "not have more than 8 entries"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+async def test_v1_names_what_is_wrong_with_loras(loras: Any, rule: str, apis: Apis) -> None:
+    sent = {**body(), "init_image": {"data": photo_base64()}, "loras": loras}
+    del sent["key"]
+    answer = await apis.today.http.post("/v1/jobs", json={"spec": sent}, headers=KEY)
+    assert answer.status_code == 400
+    ((field, (message,)),) = answer.json()["errors"].items()
+    assert (field, message.partition("loras must ")[2]) == ("loras", rule)
+
+
+@pytest.mark.parametrize(
+    "loras",
+    [
+        {"loras": "oil: v2:0.5, ink"},
+        {"loras[oil: v2]": "0.5", "loras[ink]": "1"},
+    ],
+    ids=["text", "scales"],
+)
+async def test_a_form_of_openai_takes_loras(loras: dict[str, str], apis: Apis) -> None:
+    file = base64.b64decode(photo_base64())
+    answer = await apis.today.http.post(
+        "/v1/images/edits",
+        data={"prompt": "a cat", "size": "256x256", **loras},
+        files={"image": ("cat.jpg", file, "image/jpeg")},
+        headers=KEY,
+    )
+    assert answer.status_code == 200, answer.text
+    found = (await apis.api.get(f"jobs/{answer.headers['img2img-job']}")).spec.loras
+    assert [(lora.name, lora.scale) for lora in found] == [("oil: v2", 0.5), ("ink", 1.0)]
+    assert "img2img-ignored-fields" not in answer.headers
+
+
+async def test_json_of_openai_takes_loras_by_name(apis: Apis) -> None:
+    sent = {"prompt": "a cat", "size": "256x256", "image": photo_base64()}
+    for loras in ({"oil: v2": 0.5, "ink": 1}, [{"name": "oil: v2", "scale": 0.5}, {"name": "ink"}]):
+        answer = await apis.today.http.post(
+            "/v1/images/edits", json={**sent, "loras": loras}, headers=KEY
+        )
+        assert answer.status_code == 200, answer.text
+        found = (await apis.api.get(f"jobs/{answer.headers['img2img-job']}")).spec.loras
+        assert [(lora.name, lora.scale) for lora in found] == [("oil: v2", 0.5), ("ink", 1.0)]
+    wrong = await apis.today.http.post(
+        "/v1/images/edits", json={**sent, "loras": {"ink": "much"}}, headers=KEY
+    )
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "loras")
 
 
 def wide() -> bytes:

@@ -168,6 +168,7 @@ async def test_a_model_that_no_worker_serves_is_reported_at_its_field(gateway: G
         ({"spec": {"samples": False}}, "samples", "samples must be an integer"),
         ({"spec": {"seed": "\u0663"}}, "seed", "seed must be an integer"),
         ({"spec": {"lane": 2**40}}, "lane", "lane must be one of LANE_REALTIME, LANE_BATCH"),
+        ({"spec": {"lane": 1.9}}, "lane", "lane must be one of LANE_REALTIME, LANE_BATCH"),
         ({"spec": {"strength": []}}, "strength", "strength must be a number"),
         ({"spec": {"base64": 1}}, "base64", "base64 must be true or false"),
         ({"spec": {"lane": "FAST"}}, "lane", "lane must be one of LANE_REALTIME, LANE_BATCH"),

@@ -8,7 +8,8 @@ from dataclasses import replace
 import grpc
 import pytest
 
-from img2img.v1 import service_pb2
+from img2img.v1 import job_pb2, service_pb2
+from img2img_server.domain.params import Lora
 from img2img_server.engine.base import EngineJob, Sink
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from tests.stack import DEV, refusal, running_stack, spec
@@ -26,33 +27,28 @@ class Listening(FakeEngine):
         super().submit(job, sink)
 
 
-async def test_a_lora_goes_with_the_job_and_is_returned_to_callers() -> None:
+async def test_loras_go_with_the_job_and_are_returned_to_callers() -> None:
     engine = Listening()
     async with running_stack(engine) as stack:
         found = await stack.api.stub.GetCapabilities(
             service_pb2.GetCapabilitiesRequest(), metadata=DEV
         )
-        messages = [m async for m in stack.api.generate(spec(lora="oil", lora_scale=0.5))]
+        loras = [job_pb2.Lora(name="oil", scale=0.5), job_pb2.Lora(name="ink")]
+        messages = [m async for m in stack.api.generate(spec(loras=loras))]
         [m async for m in stack.api.generate(spec())]
 
     assert list(found.models[0].loras) == ["ink", "oil"]
     job = messages[-1].event.succeeded.job
-    assert (job.spec.lora, job.spec.lora_scale) == ("oil", 0.5)
-    assert [(job.params.lora, job.params.lora_scale) for job in engine.jobs] == [
-        ("oil", 0.5),
-        ("", 1.0),
-    ]
+    assert [(lora.name, lora.scale) for lora in job.spec.loras] == [("oil", 0.5), ("ink", 1.0)]
+    assert [job.params.loras for job in engine.jobs] == [(Lora("oil", 0.5), Lora("ink")), ()]
 
 
 async def test_an_unknown_lora_is_refused_with_the_known_ones() -> None:
     async with running_stack(Listening()) as stack:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stack.api.create(spec(lora="nope", lora_scale=3.0))
+            await stack.api.create(spec(loras=[job_pb2.Lora(name="nope")]))
 
-    assert refusal(caught.value).violations == {
-        "lora": "lora must be one of ink, oil",
-        "lora_scale": "lora_scale must be between 0 and 2",
-    }
+    assert refusal(caught.value).violations == {"loras": "loras must be one of ink, oil"}
 
 
 async def test_the_callers_deadline_reaches_the_engine_unless_it_only_creates_a_job() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from img2img_server.domain.params import Lora
 from img2img_server.engine import step_loop
 from img2img_server.engine.base import (
     DeviceLost,
@@ -123,7 +124,10 @@ def test_a_refused_job_does_not_ask_the_device(
 ) -> None:
     monkeypatch.setattr(step_loop, "device_works", lambda _: False)
     with running(load(write_sd(tmp_path, tiny_vae=True))) as engine:
-        ends = [run(engine, job(job_id=1, lora="none"))[-1], run(engine, job(job_id=2))[-1]]
+        ends = [
+            run(engine, job(job_id=1, loras=(Lora("none"),)))[-1],
+            run(engine, job(job_id=2))[-1],
+        ]
     assert [type(end) for end in ends] == [JobFailed, JobDone]
 
 

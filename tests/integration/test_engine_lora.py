@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from img2img_server.domain.params import Lora
 from img2img_server.engine import engine as engine_module
 from img2img_server.engine.base import (
     RESTARTED_WARNING,
@@ -130,13 +131,14 @@ class Written:
 
     def expected(self, wanted: EngineJob) -> Pixels:
         """Returns the image of diffusers with the changed weights."""
-        factors = self._factors[wanted.params.lora] if wanted.params.lora else []
-        before = [weight.clone() for weight, *_ in factors]
-        for weight, down, up, factor in factors:
-            product = torch.einsum("or,ri...->oi...", up.reshape(len(up), RANK), down)
-            weight += wanted.params.lora_scale * factor * product
+        before = []
+        for lora in wanted.params.loras:
+            for weight, down, up, factor in self._factors[lora.name]:
+                before.append((weight, weight.clone()))
+                product = torch.einsum("or,ri...->oi...", up.reshape(len(up), RANK), down)
+                weight += lora.scale * factor * product
         (image,) = self._stock.images(wanted)
-        for (weight, *_), old in zip(factors, before, strict=True):
+        for weight, old in reversed(before):
             weight.copy_(old)
         return image
 
@@ -154,6 +156,10 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return found
 
 
+def named(name: str, scale: float = 1.0) -> tuple[Lora, ...]:
+    return (Lora(name, scale),) if name else ()
+
+
 def load(written: Written) -> DiffusersDenoiser:
     options = ModelOptions(lora_dir=written.loras)
     return DiffusersDenoiser.load(str(written.model), torch.device("cpu"), torch.float32, options)
@@ -162,7 +168,7 @@ def load(written: Written) -> DiffusersDenoiser:
 def test_an_image_with_a_lora_is_the_one_of_the_changed_weights(written: Written) -> None:
     denoiser = load(written)
     wanted = [
-        job(job_id=place, lora=lora, lora_scale=scale, **WANTED)
+        job(job_id=place, loras=named(lora, scale), **WANTED)
         for place, (lora, scale) in enumerate(
             (name, scale) for name in ("", *denoiser.loras, "") for scale in (1.0, 0.5)
         )
@@ -183,7 +189,7 @@ def test_a_lora_of_a_transformer_changes_its_image(family: str, tmp_path: Path) 
     written.add("ink", "peft", alpha=1.0)
     image, scheduler = blocks(*model.sizes[0]), SCHEDULERS[family]
     wanted = [
-        job(job_id=place, lora=lora, scheduler=scheduler, init_image=image, **WANTED)
+        job(job_id=place, loras=named(lora), scheduler=scheduler, init_image=image, **WANTED)
         for place, lora in enumerate(("", "ink", ""))
     ]
     with running(load(written), loras=("ink",)) as engine:
@@ -195,10 +201,31 @@ def test_a_lora_of_a_transformer_changes_its_image(family: str, tmp_path: Path) 
     assert difference(found[0], found[2]) == 0, "and nothing of it stays"
 
 
+@pytest.mark.parametrize("written", [write_sd], indirect=True, ids=["sd"])
+def test_several_loras_add_their_changes_in_any_order(written: Written) -> None:
+    both = Lora("ink", 0.5), Lora("oil", 0.8)
+    wanted = [
+        job(loras=both, **WANTED),
+        job(loras=both[::-1], **WANTED),
+        job(loras=(*both[:1], Lora("oil", 0.0)), **WANTED),
+        job(loras=both[:1], **WANTED),
+        job(loras=both[1:], **WANTED),
+    ]
+    denoiser = load(written)
+    with running(denoiser, loras=denoiser.loras) as engine:
+        found = [images(run(engine, each))[0] for each in wanted]
+
+    expected = [written.expected(each) for each in wanted]
+    assert max(map(difference, found, expected)) <= BOUND
+    assert difference(found[0], found[1]) == 0, "the order has no effect"
+    assert difference(found[2], found[3]) == 0, "a LoRA with the scale 0 has none"
+    assert min(difference(found[0], each) for each in found[3:]) > 2 * BOUND, "both have an effect"
+
+
 def test_neighbours_with_other_loras_change_nothing(written: Written) -> None:
     denoiser = load(written)
     wanted = [
-        job(job_id=place, lora=lora, seeds=(place,), **WANTED)
+        job(job_id=place, loras=named(lora), seeds=(place,), **WANTED)
         for place, lora in enumerate(["", *denoiser.loras, "", *denoiser.loras])
     ]
     inboxes = [ReplyInbox() for _ in wanted]
@@ -214,7 +241,7 @@ def test_neighbours_with_other_loras_change_nothing(written: Written) -> None:
 def test_of_a_lora_that_was_written_in_half_nothing_stays(
     written: Written, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, inked = job(**WANTED), job(lora="ink", **WANTED)
+    plain, inked = job(**WANTED), job(loras=named("ink"), **WANTED)
     untouched, denoiser = load(written), load(written)
     with running(untouched, loras=untouched.loras) as engine:
         expected = [images(run(engine, each))[0] for each in (plain, inked)]
@@ -245,8 +272,8 @@ def test_the_model_announces_its_loras_by_their_files_names(written: Written) ->
     engine = load_engine(EngineOptions.of(settings))
     try:
         assert engine.model.loras == tuple(sorted(written._factors))
-        assert isinstance(run(engine, job(lora="ink"))[-1], JobDone)
-        (end,) = run(engine, job(lora="oil paint"))
+        assert isinstance(run(engine, job(loras=named("ink")))[-1], JobDone)
+        (end,) = run(engine, job(loras=named("oil paint")))
     finally:
         engine.stop()
 
@@ -274,7 +301,7 @@ def test_a_file_that_arrives_while_the_engine_runs_is_offered(
         (tmp_path / "foreign.safetensors").write_text("<html></html>")
         shutil.copy(written.loras / "ink.safetensors", tmp_path)
         assert changed.wait(SECONDS)
-        wanted = job(lora="ink", **WANTED)
+        wanted = job(loras=named("ink"), **WANTED)
         (image,) = images(run(engine, wanted))
     finally:
         engine.stop()
@@ -291,12 +318,12 @@ class Replacing(DiffusersDenoiser):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.before_third: Callable[[], None] = lambda: None
-        self.adapters: list[list[Adapter | None]] = []
+        self.adapters: list[list[tuple[Adapter, ...]]] = []
 
     def denoise(
         self, latents: Sequence[Tensor], timesteps: Tensor, conditionings: Sequence[Conditioning]
     ) -> Sequence[Tensor]:
-        self.adapters.append([each.adapter for each in conditionings])
+        self.adapters.append([each.adapters for each in conditionings])
         if len(self.adapters) == 3:
             self.before_third()
         return super().denoise(latents, timesteps, conditionings)
@@ -323,8 +350,8 @@ def replace_ink(written: Written, folder: Path) -> None:
 def test_a_running_job_keeps_the_lora_that_it_began_with(
     written: Written, replacing: Replacing, tmp_path: Path, is_deleted: bool
 ) -> None:
-    first = job(job_id=1, lora="ink", **WANTED | {"num_inference_steps": 6})
-    later = job(job_id=2, lora="ink", **WANTED | {"num_inference_steps": 6})
+    first = job(job_id=1, loras=named("ink"), **WANTED | {"num_inference_steps": 6})
+    later = job(job_id=2, loras=named("ink"), **WANTED | {"num_inference_steps": 6})
     inboxes = ReplyInbox(), ReplyInbox()
 
     with running(replacing, loras=("ink",)) as engine:
@@ -349,7 +376,7 @@ def test_a_running_job_keeps_the_lora_that_it_began_with(
         assert isinstance(end[-1], JobFailed)
         assert str(end[-1].error) == "the LoRA ink was removed"
     else:
-        half = job(lora="ink", lora_scale=0.5, **WANTED | {"num_inference_steps": 6})
+        half = job(loras=named("ink", 0.5), **WANTED | {"num_inference_steps": 6})
         assert difference(images(end)[0], written.expected(half)) <= BOUND
         assert difference(images(end)[0], found) > 2 * BOUND, "the files differ"
 
@@ -357,7 +384,7 @@ def test_a_running_job_keeps_the_lora_that_it_began_with(
 def test_a_job_whose_lora_was_replaced_is_suspended_without_a_state(
     written: Written, replacing: Replacing, tmp_path: Path
 ) -> None:
-    wanted = job(lora="ink", **WANTED | {"num_inference_steps": 6})
+    wanted = job(loras=named("ink"), **WANTED | {"num_inference_steps": 6})
 
     def suspended(change: Callable[[], None]) -> object:
         replacing.adapters.clear()

@@ -181,11 +181,11 @@ def check(found: LoraSet, expected: Mapping[str, tuple[Tensor, Callable[[float],
     """Compares the weights at two scales, and afterwards."""
     before = {name: weight.clone() for name, (weight, _) in expected.items()}
     for scale in (1.0, 0.5):
-        found.use(found.adapter("ink", scale))
+        found.use([found.adapter("ink", scale)])
         for name, (weight, formula) in expected.items():
             torch.testing.assert_close(weight, formula(scale), rtol=1e-4, atol=1e-4, msg=name)
             assert not torch.allclose(weight, before[name], atol=1e-2), "it does change the weight"
-    found.use(None)
+    found.use([])
     for name, (weight, _) in expected.items():
         assert torch.equal(weight, before[name]), "and nothing of it stays"
 
@@ -366,9 +366,9 @@ def test_two_loras_of_one_weight_share_the_copy_of_the_original(
     found = loras(denoiser, tmp_path)
 
     for name in ("ink", "oil"):
-        found.use(found.adapter(name, 1.0))
+        found.use([found.adapter(name, 1.0)])
     assert len(found._kept) == 1
-    found.use(None)
+    found.use([])
     assert torch.equal(weight, before)
 
 
@@ -391,13 +391,13 @@ def test_new_files_are_offered_and_deleted_ones_are_not(
     # A file is read when it has not changed since the refresh before.
     assert [found.refresh() for _ in range(3)] == [False, True, False]
     assert found.names == ("ink",)
-    found.use(found.adapter("ink", 1.0))
+    found.use([found.adapter("ink", 1.0)])
     torch.testing.assert_close(weight, first(1.0))
 
     first_key = found.fingerprint
     second = save("ink")
     assert [found.refresh() for _ in range(3)] == [False, True, False]
-    found.use(found.adapter("ink", 1.0))
+    found.use([found.adapter("ink", 1.0)])
     torch.testing.assert_close(weight, second(1.0))
 
     assert len({before_key, first_key, found.fingerprint}) == 3
@@ -405,8 +405,8 @@ def test_new_files_are_offered_and_deleted_ones_are_not(
     (tmp_path / "ink.safetensors").unlink()
     assert (found.refresh(), found.names) == (True, ())
     with pytest.raises(EngineError, match="the LoRA ink was removed"):
-        found.use(found.adapter("ink", 1.0))
-    found.use(None)
+        found.use([found.adapter("ink", 1.0)])
+    found.use([])
     assert torch.equal(weight, before)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from img2img_server.domain.params import Lora
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.lora import LoraSet
+from img2img_server.engine.options import ModelOptions
+from tests.engine_bench import BOUND, Stock, blocks, difference, images, job, run, running
 from tests.oracle.harness import families
 
 pytest.importorskip("peft")
@@ -80,7 +84,7 @@ def test_the_weights_are_those_of_peft(family: str, form: str, option: str, tmp_
     changed = 0
     for scale in (1.0, 0.5):
         with torch.inference_mode():
-            found.use(found.adapter("ink", scale))
+            found.use([found.adapter("ink", scale)])
             for name, module in theirs.named_modules():
                 if not hasattr(module, "get_delta_weight") or not hasattr(module, "scaling"):
                     continue
@@ -89,6 +93,46 @@ def test_the_weights_are_those_of_peft(family: str, form: str, option: str, tmp_
                 torch.testing.assert_close(weight, whole, rtol=1e-4, atol=1e-4)
                 changed += not torch.allclose(whole, module.base_layer.weight, atol=1e-2)
     assert changed >= 4
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+@pytest.mark.parametrize("family", ["sd", "sdxl", "flux", "sd3", "z_image"])
+def test_two_loras_at_once_are_those_of_set_adapters(family: str, tmp_path: Path) -> None:
+    model = next(iter(families()[family].values()))
+    folder = model.write(tmp_path / "model")
+    stock = Stock(folder, model.call)
+    (tmp_path / "loras").mkdir()
+    denoiser = load(folder)
+    part, network = denoiser._family.denoiser, denoiser._model.network
+    layers = LAYERS.get(family, OTHERS)
+    for number, name in enumerate(("ink", "oil")):
+        generator = torch.Generator().manual_seed(number)
+        file = {}
+        for layer, module in network.named_modules():
+            if layer.endswith(tuple(layers)):
+                down = torch.randn((2, *module.weight.shape[1:]), generator=generator) / 3
+                up = torch.randn((module.weight.shape[0], 2), generator=generator) / 3
+                file[f"{part}.{layer}.lora_A.weight"] = down
+                up = up.reshape(*up.shape, *[1] * (down.ndim - 2))
+                file[f"{part}.{layer}.lora_B.weight"] = up
+        save_file(file, tmp_path / "loras" / f"{name}.safetensors")
+        stock._pipeline.load_lora_weights(file, adapter_name=name)
+    options = ModelOptions(lora_dir=tmp_path / "loras")
+    cpu = torch.device("cpu")
+    denoiser = DiffusersDenoiser.load(str(folder), cpu, torch.float32, options)
+    image, found = blocks(*model.sizes[0]), []
+    scheduler = denoiser._family.default_scheduler
+    with running(denoiser, loras=denoiser.loras) as engine:
+        for scales in ((0.5, 0.8), (1.0, 0.25)):
+            loras = tuple(map(Lora, ("ink", "oil"), scales))
+            wanted = job(loras=loras, scheduler=scheduler, init_image=image, strength=0.9)
+            stock._pipeline.set_adapters(["ink", "oil"], list(scales))
+            (expected,) = stock.images(wanted)
+            found += images(run(engine, wanted))
+            assert difference(found[-1], expected) <= BOUND
+        plain = replace(wanted, params=replace(wanted.params, loras=()))
+        found += images(run(engine, plain))
+    assert min(map(difference, found, found[1:])) > 2 * BOUND, "scales and LoRAs have effects"
 
 
 def load(folder: Path) -> DiffusersDenoiser:

@@ -262,6 +262,7 @@ def test_capabilities_are_read(run: Run) -> None:
             max_seed=2**63 - 1,
             min_strength=0.0,
             max_strength=1.0,
+            max_loras=8,
         ),
     )
 

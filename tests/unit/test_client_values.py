@@ -18,6 +18,7 @@ from tests.fake_job import NAME, State, job
 PAIRS = [
     (resources.Job, job_pb2.Job),
     (spec.Spec, job_pb2.JobSpec),
+    (spec.Lora, job_pb2.Lora),
     (resources.Sample, job_pb2.Sample),
     (resources.Image, job_pb2.Image),
     (resources.Timings, job_pb2.Timings),
@@ -74,13 +75,14 @@ def test_an_enum_has_every_value_of_the_protocol(
 def test_every_field_of_a_job_is_read() -> None:
     message = job(State.STATE_FAILED)
     message.spec.annotations["shelf"] = "3"
+    message.spec.loras.add(name="ink", scale=0.5)
     message.spec.init_image.url = "https://example.com/cat.jpg"
     message.eta.FromMilliseconds(1500)
     found = convert.read(resources.Job, message)
     timings = dict.fromkeys((one.name for one in fields(resources.Timings)), 0.0)
     timings |= {"queue_seconds": 0.012, "denoise_seconds": 2.5, "total_seconds": 3.0}
     others = {
-        **dict.fromkeys(("negative_prompt", "webhook", "track_id", "scheduler", "lora"), ""),
+        **dict.fromkeys(("negative_prompt", "webhook", "track_id", "scheduler"), ""),
         **dict.fromkeys(("safety_checker", "enhance_prompt", "base64", "temp"), False),
     }
     assert found == resources.Job(
@@ -102,7 +104,7 @@ def test_every_field_of_a_job_is_read() -> None:
             preview_interval_steps=0,
             lane=spec.Lane.UNSPECIFIED,
             annotations={"shelf": "3"},
-            lora_scale=None,
+            loras=(spec.Lora(name="ink", scale=0.5),),
             true_cfg_scale=None,
             strength_mode=spec.StrengthMode.UNSPECIFIED,
             allow_partial=False,
@@ -151,6 +153,26 @@ def test_a_file_may_be_given_as_path_text_or_bytes(tmp_path: Path) -> None:
         assert spec_of(url, {}).init_image.url == url
 
 
+@pytest.mark.parametrize(
+    "loras",
+    [
+        {"ink": 0.8, "oil": 1},
+        [("ink", 0.8), ("oil", 1)],
+        (("ink", 0.8), "oil"),
+    ],
+    ids=["mapping", "pairs", "pair-and-name"],
+)
+def test_loras_may_be_given_by_name_or_as_pairs(loras: spec.Loras) -> None:
+    found = spec_of(b"photo", {"loras": loras}).loras
+    scales = [(lora.name, lora.scale if lora.HasField("scale") else 1.0) for lora in found]
+    assert scales == [("ink", 0.8), ("oil", 1.0)]
+
+
+def test_a_text_is_the_name_of_one_lora() -> None:
+    assert list(spec_of(b"photo", {"loras": "ink:0.8"}).loras) == [job_pb2.Lora(name="ink:0.8")]
+    assert list(spec_of(b"photo", {"loras": []}).loras) == []
+
+
 def test_a_missing_file_is_a_file_not_found_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         spec_of(tmp_path / "none.jpg", {})
@@ -158,10 +180,11 @@ def test_a_missing_file_is_a_file_not_found_error(tmp_path: Path) -> None:
 
 def test_values_that_do_not_fit_the_protocol_are_listed_before_any_call() -> None:
     options: Options = {"width": 2**40, "output_format": "gif", "strength": "much"}  # type: ignore[typeddict-item]
+    options["loras"] = ["ink", 0.8]  # type: ignore[list-item]
     with pytest.raises(InvalidRequestError) as caught:
         spec_of(bytes(34 * 2**20), options)
     fields = [violation.field for violation in caught.value.violations]
-    assert fields == ["output_format", "width", "strength", "init_image"]
+    assert fields == ["output_format", "width", "strength", "loras", "init_image"]
 
 
 def test_an_unknown_option_is_a_type_error() -> None:

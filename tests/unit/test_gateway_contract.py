@@ -312,7 +312,7 @@ def test_a_full_body_becomes_this_job_spec() -> None:
 
 def test_the_table_has_every_field_of_the_spec_that_http_callers_may_set() -> None:
     ours = {"model", "scheduler", "output_format", "preview_interval_steps", "lane", "annotations"}
-    ours |= {"lora", "lora_scale", "true_cfg_scale", "strength_mode", "allow_partial"}
+    ours |= {"loras", "true_cfg_scale", "strength_mode", "allow_partial"}
     ours |= {"output_quality"}
     ours |= {"prompt_weights", "clip_skip"}
     in_spec = FIELDS.keys() - {"instant_response", "enhance_style"}

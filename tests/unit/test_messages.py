@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from img2img_server import errors
 from img2img_server.compat.modelslab import sentences
 from img2img_server.compat.modelslab.server_types import validate_server_type
-from img2img_server.domain.params import JobParams, Limits, ValidationContext, validate
+from img2img_server.domain.params import JobParams, Limits, Lora, ValidationContext, validate
 from img2img_server.domain.storage import StorageDetails, validate_storage
 from img2img_server.domain.violations import Reason, Violation, invalid_type
 from img2img_server.imaging import base
@@ -50,8 +50,7 @@ BAD_PARAMS = JobParams(
     num_inference_steps=0,
     guidance_scale=99.0,
     scheduler="nope",
-    lora="nope",
-    lora_scale=9.0,
+    loras=(Lora("nope", 9.0), Lora("nope")),
     true_cfg_scale=99.0,
     preview_interval_steps=-1,
     annotations=(("", "x" * 2001), *((f"name{index}", "") for index in range(16))),
@@ -81,7 +80,8 @@ def violations() -> list[Violation]:
     )
     return [
         *validate(BAD_PARAMS, context),
-        *validate(JobParams(prompt="p", lora="ink"), ValidationContext()),
+        *validate(JobParams(prompt="p", loras=(Lora("ink"),)), ValidationContext()),
+        *validate(JobParams(prompt="p", loras=(Lora("ink"),) * 9), ValidationContext()),
         *validate_storage(empty),
         *validate_storage(bad),
         *validate_server_type("toaster"),

@@ -5,11 +5,12 @@ import math
 
 import pytest
 
-from img2img_server.domain.params import JobParams, ValidationContext, validate
+from img2img_server.domain.params import JobParams, Lora, ValidationContext, validate
 from img2img_server.domain.violations import Reason, invalid_url
 
 GOOD = JobParams(prompt="a cat")
 CONTEXT = ValidationContext(schedulers=("ddim", "euler"), loras=("ink", "oil"))
+SCALES = {"min_scale": "0", "max_scale": "2"}
 
 
 def test_a_good_request_has_no_violation() -> None:
@@ -21,7 +22,7 @@ def test_the_limits_themselves_are_allowed() -> None:
         {"prompt": "é" * 2000, "width": 256, "height": 1024, "samples": 4, "strength": 0.0},
         {"strength": 1.0, "seed": 2**63 - 1, "num_inference_steps": 100, "guidance_scale": 30.0},
         {"track_id": "x" * 191, "webhook": "https://example.org/hook", "scheduler": "euler"},
-        {"lora": "ink", "lora_scale": 2.0},
+        {"loras": (Lora("ink", 2.0), Lora("oil", 0.0))},
     ):
         assert validate(dataclasses.replace(GOOD, **changes), CONTEXT) == []
 
@@ -45,12 +46,15 @@ def test_the_limits_themselves_are_allowed() -> None:
         ({"num_inference_steps": 0}, Reason.OUT_OF_RANGE, {"min": "1", "max": "100"}),
         ({"guidance_scale": math.inf}, Reason.OUT_OF_RANGE, {"min": "0", "max": "30"}),
         ({"scheduler": "nope"}, Reason.NOT_SUPPORTED, {}),
-        ({"lora": "wool"}, Reason.NOT_SUPPORTED, {}),
-        ({"lora_scale": 2.1}, Reason.OUT_OF_RANGE, {"min": "0", "max": "2"}),
         ({"clip_skip": -1}, Reason.OUT_OF_RANGE, {"min": "0", "max": "32"}),
         ({"clip_skip": 33}, Reason.OUT_OF_RANGE, {"min": "0", "max": "32"}),
+        ({"loras": (Lora("ink"), Lora("wool"))}, Reason.NOT_SUPPORTED, {}),
+        ({"loras": (Lora(""),)}, Reason.NOT_SUPPORTED, {}),
+        ({"loras": (Lora("oil"), Lora("ink", 2.1))}, Reason.OUT_OF_RANGE, SCALES),
+        ({"loras": (Lora("ink", math.nan),)}, Reason.OUT_OF_RANGE, SCALES),
+        ({"loras": (Lora("ink", 0.5), Lora("ink", 0.7))}, Reason.INVALID_FORMAT, {}),
+        ({"loras": (Lora("ink"),) * 9}, Reason.TOO_MANY, {"max_entries": "8"}),
         ({"true_cfg_scale": 30.1}, Reason.OUT_OF_RANGE, {"min": "0", "max": "30"}),
-        ({"lora_scale": math.nan}, Reason.OUT_OF_RANGE, {"min": "0", "max": "2"}),
         ({"preview_interval_steps": -1}, Reason.OUT_OF_RANGE, {"min": "0", "max": "100"}),
     ],
 )
@@ -63,10 +67,10 @@ def test_each_broken_rule_is_named(
 
 
 def test_a_lora_of_a_model_without_any_is_refused() -> None:
-    (found,) = validate(dataclasses.replace(GOOD, lora="ink"), ValidationContext())
-    assert (found.field, found.reason) == ("lora", Reason.NOT_SUPPORTED)
+    (found,) = validate(dataclasses.replace(GOOD, loras=(Lora("ink"),)), ValidationContext())
+    assert (found.field, found.reason) == ("loras", Reason.NOT_SUPPORTED)
     unknown = ValidationContext(loras=None)  # An unknown model is rejected later, with its name.
-    assert validate(dataclasses.replace(GOOD, lora="ink"), unknown) == []
+    assert validate(dataclasses.replace(GOOD, loras=(Lora("ink"),)), unknown) == []
 
 
 def test_all_violations_are_listed_at_once() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from img2img_server.domain.models import Guidance, ModelInfo
-from img2img_server.domain.params import JobParams, Limits
+from img2img_server.domain.params import JobParams, Limits, Lora
 from img2img_server.domain.resolve import complete, fit_size, resolve
 from img2img_server.domain.strength import StrengthMode, StrengthRule
 from img2img_server.domain.warnings import join_warnings
@@ -34,11 +34,9 @@ CONSISTENCY = replace(
 STRENGTHS = st.floats(0.0, 1.0, exclude_min=True)
 
 
-def resolved(
-    model: ModelInfo = MODEL, given_names: tuple[str, ...] = (), **fields: Any
-) -> tuple[JobParams, list[str]]:
+def resolved(model: ModelInfo = MODEL, **fields: Any) -> tuple[JobParams, list[str]]:
     params = complete({"prompt": "p", **fields}, model, Limits())
-    return resolve(params, model, model.limits(Limits()), given_names)
+    return resolve(params, model, model.limits(Limits()))
 
 
 @given(STRENGTHS, st.integers(1, 100))
@@ -102,48 +100,41 @@ def test_what_is_open_is_the_models_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "named", "reported"),
+    ("fields", "reported"),
     [
         (
             {"negative_prompt": "n", "guidance_scale": 1.0},
-            (),
             "negative_prompt has no effect: guidance_scale is 1, and only above 1 is it used.",
         ),
-        ({"negative_prompt": "n", "guidance_scale": 1.1}, (), ""),
-        ({"lora_scale": 1.0}, ("lora_scale",), "lora_scale has no effect without lora."),
-        ({"lora_scale": 1.0}, (), ""),
+        ({"negative_prompt": "n", "guidance_scale": 1.1}, ""),
+        (
+            {"loras": (Lora("ink", 0.5), Lora("oil", 0.0))},
+            "The LoRA oil has no effect at scale 0.",
+        ),
         (
             {"prompt_weights": True},
-            (),
             "prompt_weights has no effect: the model m reads brackets as they are.",
         ),
-        ({"clip_skip": 1}, (), "clip_skip has no effect: the model m does not take it."),
-        ({"lora": "ink", "lora_scale": 0.5}, ("lora", "lora_scale"), ""),
+        ({"clip_skip": 1}, "clip_skip has no effect: the model m does not take it."),
+        ({"loras": (Lora("ink", 0.5), Lora("oil"))}, ""),
         (
             {"preview_interval_steps": 12},
-            (),
             "No preview is sent: preview_interval_steps is 12 and 12 steps run.",
         ),
-        ({"preview_interval_steps": 11}, (), ""),
+        ({"preview_interval_steps": 11}, ""),
         (
             {"preview_interval_steps": 1, "num_inference_steps": 2},
-            (),
             "No preview is sent: preview_interval_steps is 1 and 1 step runs.",
         ),
         (
             {"strength": 0.0},
-            (),
             "At strength 0 no step runs: the prepared init image is returned.",
         ),
     ],
     ids=str,
 )
-def test_options_without_effect_are_named(
-    fields: dict[str, Any], named: tuple[str, ...], reported: str
-) -> None:
-    assert resolved(given_names=named, **{"strength": 0.6, **fields})[1] == (
-        [reported] if reported else []
-    )
+def test_options_without_effect_are_named(fields: dict[str, Any], reported: str) -> None:
+    assert resolved(**{"strength": 0.6, **fields})[1] == ([reported] if reported else [])
 
 
 def test_a_negative_prompt_that_the_model_cannot_take_is_named() -> None:

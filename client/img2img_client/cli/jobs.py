@@ -31,6 +31,20 @@ def _read_annotations(
     return read or None
 
 
+def _read_loras(
+    _context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]
+) -> list[tuple[str, float]] | None:
+    """Reads NAME:SCALE or NAME. A colon that no number follows belongs to the name."""
+    read: list[tuple[str, float]] = []
+    for each in given:
+        name, _, scale = each.rpartition(":")
+        try:
+            read.append((name, float(scale)) if name else (each, 1.0))
+        except ValueError:
+            read.append((each, 1.0))
+    return read or None
+
+
 @click.command()
 @click.option("--prompt", required=True, help="Description of the image.")
 @click.option(
@@ -94,8 +108,15 @@ def _read_annotations(
     "Default: off.",
 )
 @click.option("--scheduler", help="Name of the scheduler, see `img2img capabilities`.")
-@click.option("--lora", help="Name of a LoRA, see `img2img capabilities --json`.")
-@click.option("--lora-scale", type=float, help="Weight of the LoRA. Default: 1.0.")
+@click.option(
+    "--lora",
+    "loras",
+    metavar="NAME[:SCALE]",
+    multiple=True,
+    callback=_read_loras,
+    help="A LoRA, see `img2img capabilities --json`, and the scale of its change, such as ink:0.8. "
+    "Default scale: 1.0. Can be given several times.",
+)
 @click.option("--model", help="Name of the model, see `img2img capabilities`.")
 @click.option(
     "--preview-every",

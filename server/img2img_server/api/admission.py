@@ -222,7 +222,7 @@ class Admission:
         elif params.enhance_prompt:
             rewriting = NO_REWRITER
         limits = model.limits(self._deps.limits, params.scheduler)
-        params, resolving = resolve(params, model, limits, request.given)
+        params, resolving = resolve(params, model, limits)
         ignored = convert.unknown_fields(spec)
         return params, join_warnings(caller.warning, ignored, *resolving, rewriting)
 

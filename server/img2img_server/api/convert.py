@@ -21,7 +21,7 @@ from img2img_server.domain import events
 from img2img_server.domain.data_uris import NO_IMAGE, decode_data_uri, is_data_uri
 from img2img_server.domain.job import Job, State
 from img2img_server.domain.models import ModelInfo, WorkerInfo
-from img2img_server.domain.params import RANDOM_SEED, JobParams, Limits
+from img2img_server.domain.params import RANDOM_SEED, JobParams, Limits, Lora
 from img2img_server.domain.resolve import complete
 from img2img_server.domain.schedulers import scheduler_name
 from img2img_server.domain.urls import NotHttpError, UrlError, parse_url
@@ -95,6 +95,10 @@ def request(
                 violations.append(not_supported(name, _KINDS[name]))
         elif name in _KINDS:
             given[name] = value
+    given["loras"] = tuple(
+        Lora(lora.name, lora.scale) if lora.HasField("scale") else Lora(lora.name)
+        for lora in spec.loras
+    )
     given["annotations"] = tuple(sorted(spec.annotations.items()))
     if given.get("seed", RANDOM_SEED) == RANDOM_SEED:
         given["seed"] = random_seed
@@ -142,8 +146,6 @@ def job(job: Job, *, retention_hours: int, eta_seconds: float | None = None) -> 
 def spec(params: JobParams) -> job_pb2.JobSpec:
     """Returns the JobSpec of a job, with every default filled in."""
     message = fill(job_pb2.JobSpec(), params)
-    if not params.lora:
-        message.ClearField("lora_scale")
     if params.init_image_url:
         message.init_image.url = params.init_image_url
     return message

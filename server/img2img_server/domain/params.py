@@ -67,6 +67,7 @@ class Limits:
     max_samples: int = 4
     max_num_inference_steps: int = 100
     max_guidance_scale: float = 30.0
+    max_loras: int = 8
     max_lora_scale: float = 2.0
     max_clip_skip: int = 32  # no CLIP encoder has more layers
     max_preview_interval_steps: int = 100
@@ -80,6 +81,14 @@ class Limits:
     max_seed: int = SEED_MAX
     min_strength: float = 0.0
     max_strength: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """A LoRA of the model and the scale of its change."""
+
+    name: str
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,8 +120,6 @@ class JobParams:
     num_inference_steps: int = 20
     guidance_scale: float = 1.0
     scheduler: str = ""
-    lora: str = ""
-    lora_scale: float = 1.0
     true_cfg_scale: float | None = None
     strength_mode: StrengthMode = StrengthMode.STEPS
     output_format: ImageFormat = ImageFormat.JPEG
@@ -123,6 +130,7 @@ class JobParams:
     output_quality: int = 0
     prompt_weights: bool = False
     clip_skip: int = 0
+    loras: tuple[Lora, ...] = ()
 
     def sample_seed(self, index: int) -> int:
         """Returns seed + index. A seed below 2^32 starts again at 0 after 2^32 - 1, as in the HTTP
@@ -179,18 +187,11 @@ def _violations(params: JobParams, context: ValidationContext) -> Iterator[Viola
     every, most = params.preview_interval_steps, limits.max_preview_interval_steps
     yield from _range("preview_interval_steps", every, 0, most)
     yield from _annotations(params, limits)
-    if params.lora and context.loras is not None and params.lora not in context.loras:
-        if context.loras:
-            yield not_supported("lora", context.loras)
-        else:
-            yield Violation(
-                "lora", Reason.NOT_SUPPORTED, "lora is not supported: the model has none"
-            )
-    yield from _range("lora_scale", params.lora_scale, 0.0, limits.max_lora_scale)
     if params.true_cfg_scale is not None:
         yield from _range("true_cfg_scale", params.true_cfg_scale, 0.0, limits.max_guidance_scale)
     yield from _range("output_quality", params.output_quality, 0, MAX_QUALITY)
     yield from _range("clip_skip", params.clip_skip, 0, limits.max_clip_skip)
+    yield from _loras(params.loras, context)
 
 
 def _range(name: str, value: float, least: float, most: float) -> Iterator[Violation]:
@@ -235,6 +236,29 @@ def _webhook(text: str, context: ValidationContext) -> Iterator[Violation]:
         yield invalid_url("webhook", cause)
     elif not is_web_port(url.port):
         yield invalid_url("webhook", f"port {url.port} is not a port for HTTP")
+
+
+def _loras(loras: tuple[Lora, ...], context: ValidationContext) -> Iterator[Violation]:
+    field, limits, known = "loras", context.limits, context.loras
+    if len(loras) > limits.max_loras:
+        message = f"loras must not have more than {limits.max_loras} entries"
+        values = {"max_entries": str(limits.max_loras)}
+        yield Violation(field, Reason.TOO_MANY, message, values=values)
+        return  # The other messages would grow with the entries.
+    if known is not None and any(lora.name not in known for lora in loras):
+        if known:
+            yield not_supported(field, known)
+        else:
+            message = "loras are not supported: the model has none"
+            yield Violation(field, Reason.NOT_SUPPORTED, message)
+    names = [lora.name for lora in loras]
+    if len(set(names)) < len(names):
+        yield Violation(field, Reason.INVALID_FORMAT, "loras must have each name once")
+    most = limits.max_lora_scale
+    if not all(0.0 <= lora.scale <= most for lora in loras):  # False for NaN, too.
+        message = f"loras must have scales between 0 and {most:g}"
+        values = {"min_scale": "0", "max_scale": f"{most:g}"}
+        yield Violation(field, Reason.OUT_OF_RANGE, message, values=values)
 
 
 def _annotations(params: JobParams, limits: Limits) -> Iterator[Violation]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -71,15 +71,12 @@ def _side(pixels: float, limits: Limits) -> int:
     return multiple * min(max(round(pixels / multiple), least), limits.max_side_pixels // multiple)
 
 
-def resolve(
-    params: JobParams, model: ModelInfo, limits: Limits, given: Collection[str]
-) -> tuple[JobParams, list[str]]:
+def resolve(params: JobParams, model: ModelInfo, limits: Limits) -> tuple[JobParams, list[str]]:
     """Returns the parameters with a number of steps of which one at least can run.
 
     Args:
         params: Complete and valid parameters.
         limits: The limits of the model.
-        given: Names of the options that the caller set.
 
     Returns:
         The parameters of the run, and a sentence for each fact that the caller should know.
@@ -90,7 +87,7 @@ def resolve(
         params, warnings = _within_strength(params, model)
     else:
         params, warnings = _with_a_step(params, limits, model.strength_rule)
-    return params, [*warnings, *_without_effect(params, model, given)]
+    return params, [*warnings, *_without_effect(params, model)]
 
 
 def _with_a_step(
@@ -156,11 +153,12 @@ def _without_guidance(params: JobParams, model: ModelInfo) -> Iterator[str]:
         yield "true_cfg_scale has no effect without negative_prompt."
 
 
-def _without_effect(params: JobParams, model: ModelInfo, given: Collection[str]) -> Iterator[str]:
+def _without_effect(params: JobParams, model: ModelInfo) -> Iterator[str]:
     run = model.strength_rule.denoising_steps(params.strength, params.num_inference_steps)
     yield from _without_guidance(params, model)
-    if "lora_scale" in given and not params.lora:
-        yield "lora_scale has no effect without lora."
+    for lora in params.loras:
+        if lora.scale == 0:
+            yield f"The LoRA {lora.name} has no effect at scale 0."
     if params.output_quality and params.output_format is ImageFormat.PNG:
         yield "output_quality has no effect on PNG."
     if params.prompt_weights and not model.takes_prompt_weights:

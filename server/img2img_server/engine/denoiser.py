@@ -46,7 +46,7 @@ class TextInput:
     true_cfg_scale: float | None = None
     prompt_weights: bool = False
     clip_skip: int = 0
-    adapter: Adapter | None = None
+    adapters: tuple[Adapter, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,7 +77,7 @@ class Conditioning:
     negative: TextEmbedding | None
     guidance_scale: Tensor
     cfg_scale: Tensor
-    adapter: Adapter | None = None
+    adapters: tuple[Adapter, ...] = ()
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -202,7 +202,9 @@ class Denoiser(Protocol):
         ...
 
     def encode_texts(self, texts: Sequence[TextInput]) -> list[Conditioning]:
-        """Encodes prompts. Recently encoded prompts come from a cache."""
+        """Encodes prompts of rows with the same adapters. Recently encoded prompts come from a
+        cache.
+        """
         ...
 
     def clear_cache(self) -> None:

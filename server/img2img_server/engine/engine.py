@@ -24,7 +24,7 @@ from img2img_server.engine.device_memory import watch_memory
 from img2img_server.engine.dispatch import EventDispatcher
 from img2img_server.engine.memory import MemoryModel, probe_of
 from img2img_server.engine.model_spec import ModelSpec
-from img2img_server.engine.rows import EngineJobState, adapter_of, rows_of, text_of
+from img2img_server.engine.rows import EngineJobState, adapters_of, rows_of, text_of
 from img2img_server.engine.scheduler import Row
 from img2img_server.engine.step_loop import StepLoop
 from img2img_server.engine.turns import DeviceTurns
@@ -156,14 +156,14 @@ class DiffusionEngine:
 
     def _rows(self, job: JobPlan, now: float) -> list[Row]:
         """Returns the rows that a job will have; none if no step runs."""
-        params, adapter = job.params, adapter_of(job, self._denoiser)
-        text = text_of(job, adapter)
+        params, adapters = job.params, adapters_of(job, self._denoiser)
+        text = text_of(job, adapters)
         rule = self._spec.info.strength_rule
         steps = params.pixel_steps(rule) // (params.samples * job.height * job.width)
         if not steps:
             return []
         forwards, key = self._denoiser.forwards(text), self._denoiser.batch_key(text)
-        return rows_of(job, forwards, steps, (key, adapter), now)
+        return rows_of(job, forwards, steps, (key, adapters), now)
 
     def cancel(self, job_id: int) -> None:
         self._calls.put(partial(self._loop.cancel, job_id))

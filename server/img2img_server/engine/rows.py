@@ -111,7 +111,7 @@ class EngineJobState:
     Attributes:
         device: Seconds of the device that the job has used.
         table: The coefficients of all steps on the device, so that a step copies nothing to it.
-        adapter: The LoRA of all steps, also after its file was replaced or deleted.
+        adapters: The LoRAs of all steps, also after their files were replaced or deleted.
         is_broken: One of the images could not be copied to the host.
         resumed: The samples that a suspended job continues with; prepare has set the others.
         finished_steps: Steps of samples that were finished before the job was suspended.
@@ -123,7 +123,7 @@ class EngineJobState:
     forwards: int
     table: Tensor
     batch_key: Hashable
-    adapter: Adapter | None = None
+    adapters: tuple[Adapter, ...] = ()
     conditioning: Conditioning | None = None
     samples: list[SampleState] = field(default_factory=list)
     unfinished: int = 0
@@ -151,7 +151,7 @@ class EngineJobState:
         forwards: int,
         device: torch.device,
         batch_key: Hashable,
-        adapter: Adapter | None = None,
+        adapters: tuple[Adapter, ...] = (),
     ) -> EngineJobState:
         return cls(
             job=job,
@@ -160,13 +160,13 @@ class EngineJobState:
             forwards=forwards,
             table=to_device(coefficient_table(schedule), device),
             batch_key=batch_key,
-            adapter=adapter,
+            adapters=adapters,
             unfinished=len(job.indices),
         )
 
     @property
     def text(self) -> TextInput:
-        return text_of(self.job, self.adapter)
+        return text_of(self.job, self.adapters)
 
     @property
     def is_prepared(self) -> bool:
@@ -175,7 +175,7 @@ class EngineJobState:
     def rows(self, now: float) -> list[Row]:
         """Returns the rows of the job for the scheduler."""
         steps = len(self.schedule.steps)
-        rows = rows_of(self.job, self.forwards, steps, (self.batch_key, self.adapter), now)
+        rows = rows_of(self.job, self.forwards, steps, (self.batch_key, self.adapters), now)
         done = {sample.index: sample.steps_done for sample in self.resumed}
         return [replace(row, steps=steps - done.get(row.sample, 0)) for row in rows]
 
@@ -280,7 +280,7 @@ def rows_of(job: JobPlan, forwards: int, steps: int, batch_key: Hashable, now: f
     """Returns the rows of a job for the scheduler.
 
     Args:
-        batch_key: The key of the denoiser, with the adapter of the job.
+        batch_key: The key of the denoiser, with the adapters of the job.
     """
     params = job.params
     return [
@@ -301,13 +301,17 @@ def rows_of(job: JobPlan, forwards: int, steps: int, batch_key: Hashable, now: f
     ]
 
 
-def adapter_of(job: JobPlan, denoiser: Denoiser) -> Adapter | None:
-    """Returns the LoRA that a job names, with the present content of its file."""
-    params = job.params
-    return denoiser.adapter(params.lora, params.lora_scale) if params.lora else None
+def adapters_of(job: JobPlan, denoiser: Denoiser) -> tuple[Adapter, ...]:
+    """Returns the LoRAs that have an effect on a job, with the present contents of their files.
+
+    They are in the order of their names, so that jobs that name them in another order share
+    batches and have the same images.
+    """
+    loras = sorted(job.params.loras, key=lambda lora: lora.name)
+    return tuple(denoiser.adapter(lora.name, lora.scale) for lora in loras if lora.scale)
 
 
-def text_of(job: JobPlan, adapter: Adapter | None = None) -> TextInput:
+def text_of(job: JobPlan, adapters: tuple[Adapter, ...] = ()) -> TextInput:
     """Returns the text input of a job."""
     params = job.params
     return TextInput(
@@ -319,7 +323,7 @@ def text_of(job: JobPlan, adapter: Adapter | None = None) -> TextInput:
         clip_skip=params.clip_skip,
         height=job.height,
         width=job.width,
-        adapter=adapter,
+        adapters=adapters,
     )
 
 

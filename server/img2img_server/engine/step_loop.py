@@ -42,7 +42,7 @@ from img2img_server.engine.model_spec import ModelSpec
 from img2img_server.engine.rows import (
     EngineJobState,
     SampleState,
-    adapter_of,
+    adapters_of,
     emit,
     largest_size,
     runs_of,
@@ -112,7 +112,7 @@ class StepLoop:
                 if key := self._state_key(run):
                     event = suspended(run, key)
                 else:
-                    _log.warning("job_state_not_saved: job %d: its LoRA has changed", job_id)
+                    _log.warning("job_state_not_saved: job %d: a LoRA of it has changed", job_id)
             except Exception:  # The device may be lost. Another worker starts the job again.
                 event = JobStopped()
                 _log.exception("job_state_not_saved: job %d", job_id)
@@ -215,11 +215,11 @@ class StepLoop:
             run.resume(run.job.state, samples)
 
     def _state_key(self, run: EngineJobState) -> str:
-        """Returns the key of the state of a job; empty if the file of its LoRA has changed, so that
+        """Returns the key of the state of a job; empty if a file of its LoRAs has changed, so that
         no engine with the present files computes the same steps.
         """
         key = self._denoiser.state_key  # Before the comparison: the files may change in between.
-        return key if adapter_of(run.job, self._denoiser) == run.adapter else ""
+        return key if adapters_of(run.job, self._denoiser) == run.adapters else ""
 
     def copy_failed(self, run: EngineJobState, error: Exception) -> None:
         """Ends a job with an image that could not be copied to the host."""
@@ -386,10 +386,11 @@ def admit(
     params = job.params
     if sentence := spec.refusal(job.height, job.width, params.num_inference_steps):
         raise EngineError(sentence)
-    if params.lora and params.lora not in spec.loras:
-        raise EngineError(f"{spec.name} has no LoRA {params.lora}")
-    adapter = adapter_of(job, denoiser)
-    text = text_of(job, adapter)
+    for lora in params.loras:
+        if lora.name not in spec.loras:
+            raise EngineError(f"{spec.name} has no LoRA {lora.name}")
+    adapters = adapters_of(job, denoiser)
+    text = text_of(job, adapters)
     forwards = denoiser.forwards(text)
     if need := memory.shortfall(job.height, job.width, forwards):
         raise OutOfMemoryError(job.width, job.height, need)
@@ -402,5 +403,5 @@ def admit(
         params.strength_mode,
     )
     return EngineJobState.begin(
-        job, sink, schedule, forwards, denoiser.device, denoiser.batch_key(text), adapter
+        job, sink, schedule, forwards, denoiser.device, denoiser.batch_key(text), adapters
     )

@@ -322,8 +322,8 @@ def fake_image(job: EngineJob, sample: int) -> Pixels:
         job.params.guidance_scale,
         job.params.scheduler,
     )
-    if job.params.lora:
-        recipe += (job.params.lora, job.params.lora_scale)
+    if job.params.loras:
+        recipe += tuple(sorted((lora.name, lora.scale) for lora in job.params.loras))
     digest = hashlib.sha256(repr(recipe).encode()).digest()
     noise = np.random.default_rng(list(digest)).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     rows = np.arange(job.height) * 16 // job.height

@@ -180,6 +180,34 @@ class InitImage(_message.Message):
 Global___InitImage: _TypeAlias = InitImage  # noqa: Y015
 
 @_typing.final
+class Lora(_message.Message):
+    """A LoRA of a job: a small change of the model's weights."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name of a LoRA of the model, see Model.loras. Required."""
+    scale: _builtins.float
+    """Scale of the change: 0.0 (no effect) to 2.0, default 1.0."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        scale: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "scale", b"scale"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "name", b"name", "scale", b"scale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
+    _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
+
+Global___Lora: _TypeAlias = Lora  # noqa: Y015
+
+@_typing.final
 class JobSpec(_message.Message):
     """The requested images. The figures in the comments are the defaults of the limits; GetCapabilities
     returns those in force. A value outside its range fails with INVALID_ARGUMENT.
@@ -229,14 +257,13 @@ class JobSpec(_message.Message):
     PREVIEW_INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
     LANE_FIELD_NUMBER: _builtins.int
     ANNOTATIONS_FIELD_NUMBER: _builtins.int
-    LORA_FIELD_NUMBER: _builtins.int
-    LORA_SCALE_FIELD_NUMBER: _builtins.int
     TRUE_CFG_SCALE_FIELD_NUMBER: _builtins.int
     STRENGTH_MODE_FIELD_NUMBER: _builtins.int
     ALLOW_PARTIAL_FIELD_NUMBER: _builtins.int
     OUTPUT_QUALITY_FIELD_NUMBER: _builtins.int
     PROMPT_WEIGHTS_FIELD_NUMBER: _builtins.int
     CLIP_SKIP_FIELD_NUMBER: _builtins.int
+    LORAS_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """Description of the wanted image. Required, 1 to 2000 characters (Unicode code points)."""
     negative_prompt: _builtins.str
@@ -318,12 +345,6 @@ class JobSpec(_message.Message):
     """
     lane: Global___Lane.ValueType
     """Priority class. Default LANE_REALTIME."""
-    lora: _builtins.str
-    """Name of a LoRA of the model, see Model.loras. Default: empty, none."""
-    lora_scale: _builtins.float
-    """Scale of the LoRA: 0.0 (no effect) to 2.0, default 1.0. Ignored without lora, and Job.warning says
-    so.
-    """
     true_cfg_scale: _builtins.float
     """Scale of classifier-free guidance in models that take guidance_scale as an input or not at all,
     such as FLUX.1: 0.0 to 30.0. Above 1.0 and with a negative prompt, each step runs the model a
@@ -365,6 +386,12 @@ class JobSpec(_message.Message):
         most 2000 characters. Names that begin with "http." are reserved for the gateway. Default: none.
         """
 
+    @_builtins.property
+    def loras(self) -> _containers.RepeatedCompositeFieldContainer[Global___Lora]:
+        """LoRAs of the model, whose changes are added up: at most 8, each name once. Their order has no
+        effect. Default: none.
+        """
+
     def __init__(
         self,
         *,
@@ -390,25 +417,22 @@ class JobSpec(_message.Message):
         preview_interval_steps: _builtins.int = ...,
         lane: Global___Lane.ValueType = ...,
         annotations: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
-        lora: _builtins.str = ...,
-        lora_scale: _builtins.float | None = ...,
         true_cfg_scale: _builtins.float | None = ...,
         strength_mode: Global___StrengthMode.ValueType = ...,
         allow_partial: _builtins.bool = ...,
         output_quality: _builtins.int = ...,
         prompt_weights: _builtins.bool = ...,
         clip_skip: _builtins.int = ...,
+        loras: _abc.Iterable[Global___Lora] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_lora_scale", b"_lora_scale", "_num_inference_steps", b"_num_inference_steps", "_safety_checker", b"_safety_checker", "_samples", b"_samples", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "guidance_scale", b"guidance_scale", "height", b"height", "init_image", b"init_image", "lora_scale", b"lora_scale", "num_inference_steps", b"num_inference_steps", "safety_checker", b"safety_checker", "samples", b"samples", "seed", b"seed", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_num_inference_steps", b"_num_inference_steps", "_safety_checker", b"_safety_checker", "_samples", b"_samples", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "guidance_scale", b"guidance_scale", "height", b"height", "init_image", b"init_image", "num_inference_steps", b"num_inference_steps", "safety_checker", b"safety_checker", "samples", b"samples", "seed", b"seed", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_lora_scale", b"_lora_scale", "_num_inference_steps", b"_num_inference_steps", "_safety_checker", b"_safety_checker", "_samples", b"_samples", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "allow_partial", b"allow_partial", "annotations", b"annotations", "base64", b"base64", "clip_skip", b"clip_skip", "enhance_prompt", b"enhance_prompt", "guidance_scale", b"guidance_scale", "height", b"height", "init_image", b"init_image", "lane", b"lane", "lora", b"lora", "lora_scale", b"lora_scale", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output_format", b"output_format", "output_quality", b"output_quality", "preview_interval_steps", b"preview_interval_steps", "prompt", b"prompt", "prompt_weights", b"prompt_weights", "safety_checker", b"safety_checker", "samples", b"samples", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "strength_mode", b"strength_mode", "temp", b"temp", "track_id", b"track_id", "true_cfg_scale", b"true_cfg_scale", "webhook", b"webhook", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_num_inference_steps", b"_num_inference_steps", "_safety_checker", b"_safety_checker", "_samples", b"_samples", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "allow_partial", b"allow_partial", "annotations", b"annotations", "base64", b"base64", "clip_skip", b"clip_skip", "enhance_prompt", b"enhance_prompt", "guidance_scale", b"guidance_scale", "height", b"height", "init_image", b"init_image", "lane", b"lane", "loras", b"loras", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output_format", b"output_format", "output_quality", b"output_quality", "preview_interval_steps", b"preview_interval_steps", "prompt", b"prompt", "prompt_weights", b"prompt_weights", "safety_checker", b"safety_checker", "samples", b"samples", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "strength_mode", b"strength_mode", "temp", b"temp", "track_id", b"track_id", "true_cfg_scale", b"true_cfg_scale", "webhook", b"webhook", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
     _WhichOneofReturnType__height: _TypeAlias = _typing.Literal["height"]  # noqa: Y015
     _WhichOneofArgType__height: _TypeAlias = _typing.Literal["_height", b"_height"]  # noqa: Y015
-    _WhichOneofReturnType__lora_scale: _TypeAlias = _typing.Literal["lora_scale"]  # noqa: Y015
-    _WhichOneofArgType__lora_scale: _TypeAlias = _typing.Literal["_lora_scale", b"_lora_scale"]  # noqa: Y015
     _WhichOneofReturnType__num_inference_steps: _TypeAlias = _typing.Literal["num_inference_steps"]  # noqa: Y015
     _WhichOneofArgType__num_inference_steps: _TypeAlias = _typing.Literal["_num_inference_steps", b"_num_inference_steps"]  # noqa: Y015
     _WhichOneofReturnType__safety_checker: _TypeAlias = _typing.Literal["safety_checker"]  # noqa: Y015
@@ -427,8 +451,6 @@ class JobSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_scale) -> _WhichOneofReturnType__guidance_scale | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__height) -> _WhichOneofReturnType__height | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__lora_scale) -> _WhichOneofReturnType__lora_scale | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_inference_steps) -> _WhichOneofReturnType__num_inference_steps | None: ...
     @_typing.overload

@@ -789,7 +789,7 @@ class Model(_message.Message):
 
     @_builtins.property
     def loras(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """LoRAs for JobSpec.lora."""
+        """Names of LoRAs for JobSpec.loras."""
 
     @_builtins.property
     def scheduler_max_steps(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
@@ -874,6 +874,7 @@ class Limits(_message.Message):
     MIN_STRENGTH_FIELD_NUMBER: _builtins.int
     MAX_STRENGTH_FIELD_NUMBER: _builtins.int
     MAX_CLIP_SKIP_FIELD_NUMBER: _builtins.int
+    MAX_LORAS_FIELD_NUMBER: _builtins.int
     max_prompt_characters: _builtins.int
     """Longest prompt, in Unicode code points."""
     min_side_pixels: _builtins.int
@@ -920,6 +921,8 @@ class Limits(_message.Message):
     """Largest strength."""
     max_clip_skip: _builtins.int
     """Largest clip_skip; a model can have a smaller one."""
+    max_loras: _builtins.int
+    """Largest number of LoRAs of a job."""
     @_builtins.property
     def retention(self) -> _duration_pb2.Duration:
         """Time for which a job is kept after its end."""
@@ -958,10 +961,11 @@ class Limits(_message.Message):
         min_strength: _builtins.float = ...,
         max_strength: _builtins.float = ...,
         max_clip_skip: _builtins.int = ...,
+        max_loras: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["retention", b"retention"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["init_image_media_types", b"init_image_media_types", "max_annotation_characters", b"max_annotation_characters", "max_annotation_name_characters", b"max_annotation_name_characters", "max_annotations", b"max_annotations", "max_clip_skip", b"max_clip_skip", "max_guidance_scale", b"max_guidance_scale", "max_image_bytes", b"max_image_bytes", "max_image_pixels", b"max_image_pixels", "max_lora_scale", b"max_lora_scale", "max_message_bytes", b"max_message_bytes", "max_negative_prompt_characters", b"max_negative_prompt_characters", "max_num_inference_steps", b"max_num_inference_steps", "max_preview_interval_steps", b"max_preview_interval_steps", "max_prompt_characters", b"max_prompt_characters", "max_queued_jobs", b"max_queued_jobs", "max_samples", b"max_samples", "max_seed", b"max_seed", "max_side_pixels", b"max_side_pixels", "max_strength", b"max_strength", "max_track_id_characters", b"max_track_id_characters", "max_url_characters", b"max_url_characters", "min_side_pixels", b"min_side_pixels", "min_strength", b"min_strength", "retention", b"retention", "side_multiple", b"side_multiple"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["init_image_media_types", b"init_image_media_types", "max_annotation_characters", b"max_annotation_characters", "max_annotation_name_characters", b"max_annotation_name_characters", "max_annotations", b"max_annotations", "max_clip_skip", b"max_clip_skip", "max_guidance_scale", b"max_guidance_scale", "max_image_bytes", b"max_image_bytes", "max_image_pixels", b"max_image_pixels", "max_lora_scale", b"max_lora_scale", "max_loras", b"max_loras", "max_message_bytes", b"max_message_bytes", "max_negative_prompt_characters", b"max_negative_prompt_characters", "max_num_inference_steps", b"max_num_inference_steps", "max_preview_interval_steps", b"max_preview_interval_steps", "max_prompt_characters", b"max_prompt_characters", "max_queued_jobs", b"max_queued_jobs", "max_samples", b"max_samples", "max_seed", b"max_seed", "max_side_pixels", b"max_side_pixels", "max_strength", b"max_strength", "max_track_id_characters", b"max_track_id_characters", "max_url_characters", b"max_url_characters", "min_side_pixels", b"min_side_pixels", "min_strength", b"min_strength", "retention", b"retention", "side_multiple", b"side_multiple"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -275,7 +275,7 @@ class DiffusersDenoiser:
         return self._embeddings.refresh()
 
     def encode_texts(self, texts: Sequence[TextInput]) -> list[Conditioning]:
-        self._loras.use(texts[0].adapter)
+        self._loras.use(texts[0].adapters)
         if self._embeddings.apply():
             self._text.reload_tokenizers()
         return self._text.encode(texts, [self.forwards(text) for text in texts])
@@ -297,7 +297,7 @@ class DiffusersDenoiser:
         timesteps: Tensor,
         conditionings: Sequence[Conditioning],
     ) -> Sequence[Tensor]:
-        self._loras.use(conditionings[0].adapter)
+        self._loras.use(conditionings[0].adapters)
         rows = list(zip(latents, torch.split(timesteps, 1), conditionings, strict=True))
         # The guided rows are repeated after all rows, with their negative prompts.
         guided = [index for index, row in enumerate(conditionings) if row.negative is not None]

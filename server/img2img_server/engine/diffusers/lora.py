@@ -1,12 +1,13 @@
-"""Applies LoRA adapters to the weights in place. Rows with the same adapter share a batch.
+"""Applies LoRA adapters to the weights in place. Rows with the same adapters share a batch.
 
-Weights are written when the adapter changes and not at each step, so steps are not slower, and
+Weights are written when the adapters change and not at each step, so steps are not slower, and
 compiled models and CUDA graphs stay valid. The first use keeps a copy of each weight it changes.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +44,7 @@ class LoraSet:
         self._model = model
         self._family = family
         self._kept: dict[int, _Kept] = {}
-        self._applied: Adapter | None = None
+        self._applied: tuple[Adapter, ...] = ()
         self._is_half_written = False
         self._files = WatchedFolder("lora", folder, self._read)
 
@@ -73,28 +74,31 @@ class LoraSet:
         """Returns the adapter with the file that has this name now; any thread may call it."""
         return Adapter(name, scale, self._files.seen.get(name))
 
-    def use(self, adapter: Adapter | None) -> None:
-        """Writes the weights of this adapter. None restores the weights of the model.
+    def use(self, adapters: Sequence[Adapter]) -> None:
+        """Writes the weights with the sum of the changes of these adapters. None of them restores
+        the weights of the model.
 
         If it raises, for example for lack of memory, the next use writes all weights again.
 
         Raises:
-            EngineError: There was no file when the adapter was made.
+            EngineError: There was no file when an adapter was made.
         """
-        changes: tuple[Change, ...] = ()
-        if adapter is not None:
-            if not isinstance(adapter.content, Seen):
-                raise EngineError(f"the LoRA {adapter.name} was removed")
-            changes = adapter.content.content or ()
-        if adapter == self._applied and not self._is_half_written:
+        wanted = tuple(adapters)
+        parts = [(self._changes_of(adapter), adapter.scale) for adapter in wanted]
+        if wanted == self._applied and not self._is_half_written:
             return
         self._is_half_written = True
         for kept in self._kept.values():
             kept.weight.copy_(kept.original)
-        if adapter is not None:
-            self._write(changes, adapter.scale)
-        self._applied = adapter
+        for changes, scale in parts:
+            self._write(changes, scale)
+        self._applied = wanted
         self._is_half_written = False
+
+    def _changes_of(self, adapter: Adapter) -> tuple[Change, ...]:
+        if not isinstance(adapter.content, Seen):
+            raise EngineError(f"the LoRA {adapter.name} was removed")
+        return adapter.content.content or ()
 
     def _write(self, changes: tuple[Change, ...], scale: float) -> None:
         for change in changes:

@@ -25,7 +25,7 @@ _CACHE_BYTES = 2**27  # a prompt of SD takes 0.2 MB, one of 512 tokens of T5-XXL
 class _Prompt(NamedTuple):
     text: str
     is_negative: bool
-    adapter: Adapter | None
+    adapters: tuple[Adapter, ...]
     chunks: int  # in how many chunks it is encoded
     sections: Sections  # the text with its weights
     clip_skip: int = 0  # how many layers of the CLIP encoders are skipped
@@ -95,7 +95,7 @@ class TextEncoder:
         # As in the stock pipelines, negative prompts use all layers.
         clip_skip = 0 if is_negative else source.clip_skip
         most = max(chunks, default=1)
-        return _Prompt(text, is_negative, source.adapter, most, sections, clip_skip)
+        return _Prompt(text, is_negative, source.adapters, most, sections, clip_skip)
 
     def clear_cache(self) -> None:
         """Drops the encoded prompts."""
@@ -188,7 +188,7 @@ class TextEncoder:
             negative=negative,
             guidance_scale=guidance_scale,
             cfg_scale=cfg_scale,
-            adapter=text.adapter,
+            adapters=text.adapters,
             extras=self._family.extras(self._model, text),
         )
 

@@ -44,8 +44,6 @@ EXTRA: tuple[str, ...] = (
     "guidance_scale",
     "true_cfg_scale",
     "scheduler",
-    "lora",
-    "lora_scale",
 )
 _IMAGES: Final = ("image", "image[]", "images", "url")
 _FORMATS: Final = tuple(ImageFormat)
@@ -55,6 +53,8 @@ _FIDELITIES: Final = ("low", "high")
 _FIXED: Final = {"quality": ("auto",), "background": ("auto", "opaque"), "moderation": ("auto",)}
 _BOOLEANS: Final = {"true": True, "1": True, "false": False, "0": False}
 _SIZE: Final = re.compile(r"([0-9]{1,5})x([0-9]{1,5})", re.ASCII)
+_LORA_FIELD: Final = re.compile(r"loras\[([^\[\]].*)\]")
+_NUMBER: Final = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", re.ASCII)
 _ONE_IMAGE: Final = "Only one image can be edited at a time: the models take no reference images"
 _NO_MASK: Final = "mask is not supported: the whole image is edited"
 _NO_FILE_ID: Final = "file_id is not supported: send image_url"
@@ -174,6 +174,7 @@ def _fill(edit: Edit, fields: dict[str, Any]) -> None:
         del fields["mask"]
         edit.violations.append(Violation("mask", Reason.NOT_SUPPORTED, _NO_MASK))
     _take_size(edit, fields, in_spec)
+    _take_loras(edit, fields, in_spec)
     _take_user(fields, in_spec)
     _take_stream(edit, fields, in_spec)
     _take_formats(edit, fields, in_spec)
@@ -197,6 +198,34 @@ def _take_size(edit: Edit, fields: dict[str, Any], in_spec: dict[str, Any]) -> N
     else:
         message = 'size must be "auto" or WIDTHxHEIGHT, for example "512x768"'
         edit.violations.append(Violation("size", Reason.INVALID_FORMAT, message))
+
+
+def _take_loras(edit: Edit, fields: dict[str, Any], in_spec: dict[str, Any]) -> None:
+    """Reads loras: a text, scales by name or a list as in /v1. The fields loras[NAME] of a form are
+    what OpenAI's client for Python makes of scales by name.
+    """
+    by_name = {
+        match[1]: fields.pop(name) for name in [*fields] if (match := _LORA_FIELD.fullmatch(name))
+    }
+    given = fields.pop("loras", None)
+    if by_name and given is not None:
+        edit.violations.append(invalid_type("loras", "either a text or scales by name, not both"))
+        return
+    value = by_name or given
+    if isinstance(value, str):
+        value = [_lora(text.strip()) for text in value.split(",") if text.strip()]
+    elif isinstance(value, dict):
+        value = [{"name": name, "scale": scale} for name, scale in value.items()]
+    if value is not None:
+        in_spec["loras"] = value
+
+
+def _lora(text: str) -> dict[str, str]:
+    """Reads NAME:SCALE or NAME."""
+    name, _, scale = text.rpartition(":")
+    if name and _NUMBER.fullmatch(scale.strip()):
+        return {"name": name.strip(), "scale": scale.strip()}
+    return {"name": text}
 
 
 def _take_user(fields: dict[str, Any], in_spec: dict[str, Any]) -> None:

@@ -84,6 +84,15 @@ def _fields(limits: Limits) -> dict[str, Schema]:
         "maximum": limits.max_strength,
         "description": "How strongly the image is changed. Default: the model's own.",
     }
+    scale = {"type": "number", "minimum": 0, "maximum": limits.max_lora_scale}
+    loras = {
+        "description": "LoRAs and their scales, such as `ink:0.8,oil`, or an object, in a form the "
+        "fields `loras[ink]` and so on. `/v1/capabilities` has the names.",
+        "anyOf": [
+            _TEXT,
+            {"type": "object", "maxProperties": limits.max_loras, "additionalProperties": scale},
+        ],
+    }
     return {
         "prompt": _TEXT | {"minLength": 1, "maxLength": limits.max_prompt_characters},
         "model": _TEXT | {"description": "Default: the first model of /v1/models."},
@@ -101,6 +110,7 @@ def _fields(limits: Limits) -> dict[str, Schema]:
         "negative_prompt": _TEXT | {"maxLength": limits.max_negative_prompt_characters},
         "num_inference_steps": _INTEGER | {"minimum": 1, "maximum": limits.max_num_inference_steps},
         "guidance_scale": {"type": "number", "minimum": 0, "maximum": limits.max_guidance_scale},
+        "loras": loras,
     }
 
 

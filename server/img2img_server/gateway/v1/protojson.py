@@ -11,7 +11,7 @@ from google.protobuf import json_format
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
-from img2img_server.domain.params import JobParams, Limits, ValidationContext, validate
+from img2img_server.domain.params import JobParams, Limits, Lora, ValidationContext, validate
 from img2img_server.domain.violations import Reason, Violation, invalid_type, not_supported
 
 _EXPECTED = {
@@ -23,6 +23,8 @@ _EXPECTED = {
     FieldDescriptor.CPPTYPE_MESSAGE: "an object",
 }
 _MOST_NOTES = Limits().max_annotations
+_MOST_LORAS = Limits().max_loras
+_LORAS = 'a list of objects with "name" (a string) and optionally "scale" (a number)'
 _INTEGERS = (FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_INT64)
 _INTEGER = re.compile(r"-?[0-9]{1,400}", re.ASCII)
 _NAME = re.compile(r"\w{1,64}")
@@ -55,6 +57,10 @@ def fill(message: Message, body: dict[str, Any]) -> list[Violation]:
             violations += fill(message.spec, value)  # type: ignore[attr-defined]
         elif field.name == "annotations" and isinstance(value, dict) and len(value) > _MOST_NOTES:
             violations += _too_many_notes()  # Conversion would take a second for thousands.
+        elif field.name == "loras" and isinstance(value, list) and len(value) > _MOST_LORAS:
+            violations += _too_many_loras()  # As with annotations.
+        elif field.name == "loras" and isinstance(value, list):
+            violations += _fill_loras(message, value)
         elif not _set(message, field, value):
             violations.append(_unreadable(field, value))
     return violations
@@ -67,6 +73,8 @@ def _set(message: Message, field: FieldDescriptor, value: Any) -> bool:
         return False  # The library reads true as 1.
     if field.enum_type and isinstance(value, int) and not -(2**31) <= value < 2**31:
         return False  # The library reads numbers beyond 32 bits as 0.
+    if field.enum_type and isinstance(value, float) and not value.is_integer():
+        return False  # The library rounds it.
     if field.message_type and not isinstance(value, dict | None):
         return False  # The library accepts a text as a list of names.
     try:
@@ -83,6 +91,19 @@ def _too_many_notes() -> list[Violation]:
     return validate(JobParams(prompt="p", annotations=notes), ValidationContext())
 
 
+def _too_many_loras() -> list[Violation]:
+    loras = tuple(Lora(f"lora-{number}") for number in range(_MOST_LORAS + 1))
+    return validate(JobParams(prompt="p", loras=loras), ValidationContext())
+
+
+def _fill_loras(message: Message, values: list[Any]) -> list[Violation]:
+    for value in values:
+        lora = message.loras.add()  # type: ignore[attr-defined]
+        if not isinstance(value, dict) or fill(lora, value):
+            return [invalid_type("loras", _LORAS)]
+    return []
+
+
 def unknown(name: str) -> Violation:
     """Returns the violation for a field that does not exist."""
     if not _NAME.fullmatch(name):
@@ -95,6 +116,8 @@ def _unreadable(field: FieldDescriptor, value: Any) -> Violation:
         return not_supported(field.name, [v.name for v in field.enum_type.values if v.number])
     if field.name == "init_image":
         return invalid_type("init_image", 'an object with either "url" or "data" (base64)')
+    if field.name == "loras":
+        return invalid_type("loras", _LORAS)
     if field.cpp_type in _INTEGERS and _INTEGER.fullmatch(str(value)):
         # The number exceeds 32 or 64 bits.
         params = JobParams(prompt="p", **{field.name: int(value)})  # type: ignore[arg-type]

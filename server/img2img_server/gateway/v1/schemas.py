@@ -145,6 +145,12 @@ def _read(field: FieldDescriptor, limits: Limits) -> Schema:
             "additionalProperties": _TEXT | {"maxLength": limits.max_annotation_characters},
         }
         return {"anyOf": [notes, {"type": "null"}]}
+    if field.name == "loras":
+        kind = job_pb2.Lora.DESCRIPTOR.fields_by_name
+        name, scale = _TEXT | {"minLength": 1}, _read(kind["scale"], limits)
+        items = _object({"name": name}, {"scale": scale})
+        loras = {"type": "array", "maxItems": limits.max_loras, "items": items}
+        return {"anyOf": [loras, {"type": "null"}]}
     if field.enum_type:
         values = field.enum_type.values
         return {"enum": [*(v.name for v in values), *(v.number for v in values), None]}
@@ -182,6 +188,8 @@ def _keywords(name: str, limits: Limits) -> Schema:
     if name == "seed":
         text = "-1: drawn at random. Beyond 2^53 as a string: JSON numbers lose digits."
         return {"minimum": RANDOM_SEED, "maximum": limits.max_seed, "description": text}
+    if name == "scale":
+        return {"minimum": 0, "maximum": limits.max_lora_scale}
     if name == "true_cfg_scale":
         return {"minimum": 0, "maximum": limits.max_guidance_scale}
     if longest := getattr(limits, f"max_{name}_characters", None):

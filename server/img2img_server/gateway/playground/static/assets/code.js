@@ -1,7 +1,7 @@
 // Writes the request of the form as code. The code reads the key from the environment.
 const KEY = 'export IMG2IMG_API_KEY=';
 const FORMATS = { IMAGE_FORMAT_JPEG: "jpeg", IMAGE_FORMAT_PNG: "png", IMAGE_FORMAT_WEBP: "webp" };
-const NOT_IN_CONTRACT = ["model", "scheduler", "output_format", "preview_interval_steps", "lora", "lora_scale"];
+const NOT_IN_CONTRACT = ["model", "scheduler", "output_format", "preview_interval_steps", "loras"];
 
 // Stands for the init image in the JSON text. It is random, so no prompt contains it.
 const PLACEHOLDER = crypto.getRandomValues(new Uint32Array(4)).join();
@@ -35,6 +35,7 @@ ${lines.join("\n")}
 function literal(name, value) {
   if (typeof value === "boolean") return value ? "True" : "False";
   if (name === "seed") return String(value); // an integer of any length
+  if (name === "loras") return JSON.stringify(Object.fromEntries(value.map((lora) => [lora.name, lora.scale])));
   return JSON.stringify(name === "output_format" ? FORMATS[value] : value);
 }
 

@@ -117,6 +117,10 @@ function spec() {
     found[name] = NUMBERS.includes(name) ? number(value) : value;
   }
   for (const name of FLAGS) found[name] = form.elements[name].checked;
+  const { lora, lora_scale: scale = 1 } = found;
+  delete found.lora;
+  delete found.lora_scale;
+  if (lora) found.loras = [{ name: lora, scale }];
   const model = models.find(({ name }) => name === found.model);
   const steps = found.num_inference_steps ?? model?.default_num_inference_steps;
   // A job of one step has no previews.
@@ -129,10 +133,12 @@ const number = (text) => (/^\d{16,}$/.test(text) ? text : Number(text));
 
 function restore(earlier) {
   strengthChosen = earlier.strength !== undefined;
+  const [lora] = earlier.loras ?? [];
+  const values = { ...earlier, lora: lora?.name, lora_scale: lora?.scale };
   for (const { name } of form.elements) {
     if (!name) continue;
     if (FLAGS.includes(name)) form.elements[name].checked = earlier[name] ?? false;
-    else form.elements[name].value = earlier[name] ?? "";
+    else form.elements[name].value = values[name] ?? "";
   }
   adaptToModel();
   drawCode();
