@@ -335,7 +335,7 @@ def proto_comments() -> dict[str, str]:
     text = (ROOT / "proto/img2img/v1/job.proto").read_text(encoding="utf-8")
     message = re.search(r"^message JobSpec \{(.*?)^\}", text, re.M | re.S)
     assert message
-    found = re.findall(r"((?:  //.*\n)+)  [^\n]*?(\w+) = \d+;", message[1])
+    found = re.findall(r"((?:  //.*\n)+)  [^\n]*?(\w+) = \d+[^;\n]*;", message[1])
     return {name: re.sub(r"\s*\n?  // ?", " ", comment) for comment, name in found}
 
 
