@@ -4,6 +4,7 @@ ServiceError
 ├── InvalidRequestError        INVALID_ARGUMENT     INVALID_REQUEST      lists all fields
 ├── MalformedRequestError      INVALID_ARGUMENT     MALFORMED_REQUEST
 ├── UnauthenticatedError       UNAUTHENTICATED      INVALID_API_KEY
+├── StreamTokenExpiredError    UNAUTHENTICATED      STREAM_TOKEN_EXPIRED
 ├── PermissionDeniedError      PERMISSION_DENIED    PERMISSION_DENIED
 ├── JobNotFoundError           NOT_FOUND            JOB_NOT_FOUND
 ├── ModelNotFoundError         NOT_FOUND            MODEL_NOT_FOUND
@@ -13,6 +14,7 @@ ServiceError
 ├── NoWebhookError             FAILED_PRECONDITION  NO_WEBHOOK
 ├── DeadlineTooShortError      FAILED_PRECONDITION  DEADLINE_TOO_SHORT   retry, if that can help
 ├── StorageKeysMissingError    FAILED_PRECONDITION  STORAGE_KEYS_MISSING
+├── StreamTokenKeysMissingError FAILED_PRECONDITION STREAM_TOKEN_KEYS_MISSING
 ├── MessageTooLargeError       FAILED_PRECONDITION  MESSAGE_TOO_LARGE
 ├── QueueFullError             RESOURCE_EXHAUSTED   QUEUE_FULL           retry
 ├── RateLimitedError           RESOURCE_EXHAUSTED   RATE_LIMITED         retry
@@ -142,6 +144,14 @@ class ApiKeyExpiredError(ServiceError):
     sentence = "The API key has expired"
 
 
+class StreamTokenExpiredError(ServiceError):
+    """The token of an event stream was valid once."""
+
+    code = Code.UNAUTHENTICATED
+    reason = "STREAM_TOKEN_EXPIRED"
+    sentence = "The token of this event stream has expired"
+
+
 class PermissionDeniedError(ServiceError):
     """The key lacks a permission that the call needs."""
 
@@ -246,6 +256,17 @@ class StorageKeysMissingError(ServiceError):
     code = Code.FAILED_PRECONDITION
     reason = "STORAGE_KEYS_MISSING"
     sentence = "This server cannot keep S3 details: its operator must set IMG2IMG_STORAGE_KEYS"
+
+
+class StreamTokenKeysMissingError(ServiceError):
+    """IMG2IMG_STREAM_TOKEN_KEYS is not configured, so tokens cannot be signed."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "STREAM_TOKEN_KEYS_MISSING"
+    sentence = (
+        "This server makes no tokens of event streams: its operator must set "
+        "IMG2IMG_STREAM_TOKEN_KEYS"
+    )
 
 
 class MessageTooLargeError(ServiceError):

@@ -70,7 +70,8 @@ async def serve_local(
             payload_bytes=needed_payload_bytes(settings.max_side_pixels),
         )
         async with engines, AsyncExitStack() as stack:
-            settings = _with_storage_key(settings)
+            settings = _with_key(settings, "storage_keys", "storage.key")
+            settings = _with_key(settings, "stream_token_keys", "stream-token.key")
             with logs_reason():
                 # A download has no limit of time, but the start of the roles has one.
                 downloading = asyncio.create_task(asyncio.to_thread(_download, settings))
@@ -155,14 +156,14 @@ def _download(settings: Settings) -> str:
         raise SettingsError(error.mistake) from error
 
 
-def _with_storage_key(settings: Settings) -> Settings:
-    """Adds a key that encrypts S3 details; it is created once, in a file of mode 600."""
-    if settings.storage_keys.get_secret_value():
+def _with_key(settings: Settings, name: str, file: str) -> Settings:
+    """Adds a key that a setting lacks; it is created once, in a file of mode 600."""
+    if getattr(settings, name).get_secret_value():
         return settings
-    path = settings.state_dir / "storage.key"
+    path = settings.state_dir / file
     if not path.exists():
         write_private(path, new_key())
-    return settings.model_copy(update={"storage_keys": SecretStr(path.read_text().strip())})
+    return settings.model_copy(update={name: SecretStr(path.read_text().strip())})
 
 
 def _role(name: str, settings: Settings, engines: LocalServers, metrics_port: int) -> Child:
@@ -195,6 +196,7 @@ def _environment(settings: Settings, engines: LocalServers, metrics_port: int) -
         "S3_ACCESS_KEY": engines.s3_access_key,
         "S3_SECRET_KEY": engines.s3_secret_key,
         "STORAGE_KEYS": settings.storage_keys.get_secret_value(),
+        "STREAM_TOKEN_KEYS": settings.stream_token_keys.get_secret_value(),
         # The standard error of the roles is a pipe, so they cannot detect the terminal.
         "LOG_FORMAT": "json" if is_json(settings.log_format) else "console",
     }

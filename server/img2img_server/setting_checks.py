@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from img2img_server.api.keys import load_keys
+from img2img_server.api.stream_tokens import parse_keys
 from img2img_server.certificates import pair_faults, trusted_fault
 from img2img_server.engine.catalogue import read_catalogue
 from img2img_server.engine.family import ModelError
@@ -199,6 +200,10 @@ def _storage_keys(checks: _Checks) -> None:
     checks.run(lambda: Vault(checks.settings.storage_keys.get_secret_value()))
 
 
+def _stream_token_keys(checks: _Checks) -> None:
+    checks.run(lambda: parse_keys(checks.settings.stream_token_keys.get_secret_value()))
+
+
 def _webhook_secret(checks: _Checks) -> None:
     settings = checks.settings
     checks.run(lambda: Signer(settings.webhook_secret.get_secret_value()))
@@ -292,12 +297,21 @@ _Check = Callable[[_Checks], None]
 _NATS: Final = (_nats, _trust_bundle, _storage_keys)
 _MODEL: Final = (_model, _model_folders, _device_too)
 _CHECKS: Final[dict[str, tuple[_Check, ...]]] = {
-    "api": (_ports, *_NATS, _tls, _api_keys, _webhook_secret, _outbound_allow, _api_s3),
+    "api": (
+        _ports,
+        *_NATS,
+        _tls,
+        _api_keys,
+        _webhook_secret,
+        _outbound_allow,
+        _api_s3,
+        _stream_token_keys,
+    ),
     "gateway": (_ports, _http_dev_key, _api_ca, _trust_bundle, _s3),
     "worker": (_ports, *_NATS, _s3, _outbound_allow, *_MODEL),
     "doctor": _MODEL,
     "local": (
         *(_state, _ports, _storage_keys, _tls, _local_keys, _webhook_secret, _outbound_allow),
-        *(_api_ca, *_MODEL),
+        *(_api_ca, _stream_token_keys, *_MODEL),
     ),
 }

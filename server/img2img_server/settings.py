@@ -200,6 +200,14 @@ class Settings(BaseSettings):
     store S3 details.
     """
 
+    stream_token_keys: SecretStr = SecretStr("")
+    """Keys, comma separated, that sign the tokens with which browsers watch a job: the first key
+    signs, all keys verify. Each has at least 32 characters. Give every api the same keys; `local`
+    creates one. Empty: no tokens are made.
+    """
+    stream_token_seconds: Seconds = Field(3600.0, ge=60, le=86_400)
+    """How long a token of an event stream can open the stream."""
+
     # The model.
     model: str = ""
     """Diffusers directory, single file (.safetensors), or hub id, `owner/name` or

@@ -146,6 +146,7 @@ def test_what_is_wrong_in_files_and_ports_is_reported_with_what_is_wrong_in_the_
             api_ca_file="/no/such/ca.pem",
             api_keys_file="/no/such/keys.toml",
             storage_keys="short",
+            stream_token_keys="short",
             model="/no/such/model",
         )
         mistakes = refused(role)
@@ -153,12 +154,12 @@ def test_what_is_wrong_in_files_and_ports_is_reported_with_what_is_wrong_in_the_
     front = ["TLS_CERT_FILE", "TLS_KEY_FILE", "API_KEYS_FILE"]
     assert sorted(named) == sorted(
         {
-            "api": ["METRICS_PORT", "LOG_LEVEL", "STORAGE_KEYS", *front],
+            "api": ["METRICS_PORT", "LOG_LEVEL", "STORAGE_KEYS", "STREAM_TOKEN_KEYS", *front],
             "gateway": ["METRICS_PORT", "LOG_LEVEL", "API_CA_FILE"],
             "worker": ["METRICS_PORT", "LOG_LEVEL", "STORAGE_KEYS", "LORA_DIR", "MODEL"],
             "local": [
                 *["METRICS_PORT", "LOG_LEVEL", "STORAGE_KEYS", "LORA_DIR", "MODEL"],
-                *["API_CA_FILE", *front],
+                *["API_CA_FILE", "STREAM_TOKEN_KEYS", *front],
             ],
         }[role]
     ), "a role is only checked for what it uses"

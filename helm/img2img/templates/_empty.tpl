@@ -204,6 +204,8 @@ settings: {}
 sidecars: []
 storageKeys:
   existingSecret: ''
+streamTokenKeys:
+  existingSecret: ''
 test:
   enabled: false
   existingSecret: ''

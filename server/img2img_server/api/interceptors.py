@@ -22,6 +22,7 @@ from img2img_server.api.encoded import serializer
 from img2img_server.api.keys import KeyRing, Principal
 from img2img_server.api.public import PublicServices
 from img2img_server.api.receive import RECEIVE_SECONDS, WAIT_SECONDS, Parse, Receiver, abort
+from img2img_server.api.stream_tokens import StreamTokens
 from img2img_server.budget import Budget
 from img2img_server.nats.key_uses import KeyUses
 from img2img_server.settings import Settings
@@ -84,9 +85,12 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
     reflection need no key, see public.py.
     """
 
-    def __init__(self, keys: KeyRing, uses: KeyUses, settings: Settings) -> None:
+    def __init__(
+        self, keys: KeyRing, uses: KeyUses, tokens: StreamTokens, settings: Settings
+    ) -> None:
         self._keys = keys
         self._uses = uses
+        self._tokens = tokens
         self._calls = OpenCalls(settings.max_tenant_calls)
         self._unary = Budget("unary calls", UNARY_CALLS, leaves_free=True)
         request_bytes = Budget(
@@ -110,14 +114,21 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(details)
         if handler is None:
             return handler
-        principal = self._keys.authenticate(bearer_key(details.invocation_metadata))
+        key = bearer_key(details.invocation_metadata)
+        principal = self._keys.authenticate(key)
         has_expired = principal is not None and principal.has_expired
         if not details.method.startswith(PACKAGE):
             tenant = principal.tenant if principal and not has_expired else ""
             return self._public.bounded(details.method, handler, tenant)
         rpc = _Rpc(details, principal, self._receiver)
         if principal is None:
-            return rpc.refusing(errors.UnauthenticatedError())
+            try:
+                principal = self._tokens.authenticate(key, rpc.method)
+            except errors.StreamTokenExpiredError as refused:
+                return rpc.refusing(refused)
+            if principal is None:
+                return rpc.refusing(errors.UnauthenticatedError())
+            rpc = _Rpc(details, principal, self._receiver)
         if has_expired:
             return rpc.refusing(errors.ApiKeyExpiredError())
         self._uses.note(principal.key_id)

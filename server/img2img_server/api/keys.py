@@ -59,6 +59,7 @@ class Principal:
     """The tenant and the rights of a key. `rate_limit` None: the limit of the settings.
 
     `key_id`: identifies the key; is not secret. `expire_time`: Unix seconds; None: never.
+    `only_job`: id of the only job that may be watched, for a token made with the key.
     """
 
     tenant: str
@@ -67,6 +68,7 @@ class Principal:
     key_id: str = ""
     label: str = ""
     expire_time: float | None = None
+    only_job: int | None = None
 
     @property
     def has_expired(self) -> bool:

@@ -31,6 +31,7 @@ from img2img_server.api.public import CALLS as PUBLIC_CALLS
 from img2img_server.api.quota import Quota
 from img2img_server.api.reflection import add_reflection
 from img2img_server.api.service import Img2ImgServicer
+from img2img_server.api.stream_tokens import StreamTokens
 from img2img_server.api.tls import server_credentials
 from img2img_server.api.watch import Watcher
 from img2img_server.api.worker_cache import CachedWorkerRegistry
@@ -158,12 +159,14 @@ class ApiServer:
         admission = Admission(deps, estimator, quota)
         intake = Intake(deps, admission, self._backlog, quota)
         dry_run = DryRun(deps, admission, estimator)
+        secret = deps.settings.stream_token_keys.get_secret_value()
+        tokens = StreamTokens(secret, deps.settings.stream_token_seconds, keys)
         servicer = Img2ImgServicer(
-            deps, intake, dry_run, self._watcher, canceller, self._disconnects
+            deps, intake, dry_run, self._watcher, canceller, self._disconnects, tokens
         )
         self._health = health.aio.HealthServicer()
         self._server = server = grpc.aio.server(
-            interceptors=[ServiceInterceptor(keys, deps.bus.key_uses, deps.settings)],
+            interceptors=[ServiceInterceptor(keys, deps.bus.key_uses, tokens, deps.settings)],
             options=server_options(deps.settings),
         )
         service_pb2_grpc.add_Img2ImgServiceServicer_to_server(servicer, server)

@@ -26,6 +26,7 @@ from img2img_server.api.intake import Intake, request_uuid
 from img2img_server.api.interceptors import OpenCalls, current_principal
 from img2img_server.api.receive import request_kept
 from img2img_server.api.records import found, of_request, page_of
+from img2img_server.api.stream_tokens import StreamTokens
 from img2img_server.api.watch import Watcher
 from img2img_server.budget import Budget
 from img2img_server.compat.modelslab import names
@@ -55,6 +56,7 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         watcher: Watcher,
         canceller: Canceller,
         disconnects: Disconnects,
+        tokens: StreamTokens,
     ) -> None:
         self._deps = deps
         self._intake = intake
@@ -62,6 +64,7 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         self._watcher = watcher
         self._canceller = canceller
         self._disconnects = disconnects
+        self._tokens = tokens
         self._storage = StorageCalls(deps)
         self._creations = OpenCalls(deps.settings.max_tenant_calls)
         # A page reads up to 100 records, so a tenant reads one at a time.
@@ -149,15 +152,29 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
             message = "after_sequence must not be negative"
             violation = Violation("after_sequence", Reason.OUT_OF_RANGE, message)
             raise errors.InvalidRequestError([violation])
-        tenant, job_id = current_principal().tenant, _job_id(request.name)
+        caller, job_id = current_principal(), _job_id(request.name)
+        if caller.only_job not in (None, job_id):
+            raise errors.JobNotFoundError(request.name)
+        tenant = caller.tenant
         with self._watcher.places.taken(tenant):
             events = self._watcher.stream(tenant, job_id, request.after_sequence)
             snapshot = await anext(events)  # Raises unless the job belongs to this tenant.
-            self._disconnects.opened(tenant, job_id)
-            _when_done(context, lambda: self._disconnects.closed(job_id))
+            if caller.only_job is None:  # A token only reads: it does not keep a job alive.
+                self._disconnects.opened(tenant, job_id)
+                _when_done(context, lambda: self._disconnects.closed(job_id))
             yield snapshot.data
             async for event in events:
                 yield event.data
+
+    async def CreateStreamToken(  # noqa: N802
+        self, request: service_pb2.CreateStreamTokenRequest, context: Context
+    ) -> service_pb2.CreateStreamTokenResponse:
+        caller, job_id = current_principal(), _job_id(request.name)
+        await found(self._deps.jobs, caller.tenant, job_id)
+        token, end = self._tokens.make(caller, job_id)
+        return service_pb2.CreateStreamTokenResponse(
+            token=token, expire_time=convert.timestamp(end)
+        )
 
     async def CancelJob(  # noqa: N802
         self, request: service_pb2.CancelJobRequest, context: Context

@@ -38,6 +38,13 @@ _KEYS = {
     "x_api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
 _IN_HEADER: list[Schema] = [{name: []} for name in _KEYS]
+_TOKEN = {
+    "type": "apiKey",
+    "in": "query",
+    "name": "token",
+    "description": "A token of one job, see CreateStreamTokenResponse.",
+}
+WITH_TOKEN: list[Schema] = [*_IN_HEADER, {"stream_token": []}]
 _ANYWHERE: list[Schema] = [{}, *_IN_HEADER]  # The key may be in the body instead.
 # security requirements by tag
 _SECURITY = {
@@ -113,12 +120,13 @@ def document(app: FastAPI, settings: Settings) -> Schema:
     schemas = types["$defs"] | v1_schemas(limits) | openai_schemas(limits)
     for name, example in EXAMPLES.items():
         schemas[name]["examples"] = [example]
-    generated["components"] = {"schemas": schemas, "securitySchemes": _KEYS}
+    schemes = _KEYS | {"stream_token": _TOKEN}
+    generated["components"] = {"schemas": schemas, "securitySchemes": schemes}
     ended = (EXAMPLES[each.__name__] for each in webhook_document.TYPES)
     generated["webhooks"] = webhook_document.webhooks(*ended)
     for operations in generated["paths"].values():
         for operation in operations.values():
-            operation["security"] = _SECURITY.get(operation["tags"][0], [])
+            operation.setdefault("security", _SECURITY.get(operation["tags"][0], []))
             operation["responses"].pop("422", None)
             if settings.legacy and {} in operation["security"]:
                 operation["responses"] = {"200": _LEGACY}

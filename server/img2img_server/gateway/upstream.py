@@ -54,6 +54,7 @@ _OF_REASON = {
     "NO_MODEL": ErrorKind.UNAVAILABLE,
     "MODEL_NOT_FOUND": ErrorKind.UNAVAILABLE,  # The operator chose a default model that is missing.
     "STORAGE_KEYS_MISSING": ErrorKind.UNAVAILABLE,
+    "STREAM_TOKEN_KEYS_MISSING": ErrorKind.UNAVAILABLE,
     "MESSAGE_TOO_LARGE": ErrorKind.UNAVAILABLE,
 }
 # Error kinds by status, for errors without a reason, which gRPC itself raises, or with a reason of
@@ -69,7 +70,13 @@ _OF_STATUS = {
 }
 # The api's message is more specific than that of the kind.
 _EXPLAINED = (ErrorKind.FORBIDDEN, ErrorKind.JOB_ENDED, ErrorKind.RATE_LIMIT)
-_EXPLAINED_REASONS = ("NO_MODEL", "STORAGE_KEYS_MISSING", "MESSAGE_TOO_LARGE")
+_EXPLAINED_REASONS = (
+    "NO_MODEL",
+    "STORAGE_KEYS_MISSING",
+    "STREAM_TOKEN_KEYS_MISSING",
+    "STREAM_TOKEN_EXPIRED",
+    "MESSAGE_TOO_LARGE",
+)
 T = TypeVar("T")
 Detail = TypeVar("Detail", bound=Message)
 
@@ -169,6 +176,11 @@ class Upstream:
     ) -> service_pb2.ListJobsResponse:
         """Returns a page of the tenant's jobs."""
         return await _call(self._stub.ListJobs, request, key)
+
+    async def stream_token(self, key: str, job_id: str) -> service_pb2.CreateStreamTokenResponse:
+        """Returns a token with which the job can be watched."""
+        request = service_pb2.CreateStreamTokenRequest(name=f"jobs/{job_id}")
+        return await _call(self._stub.CreateStreamToken, request, key)
 
     async def cancel(self, key: str, job_id: int | str) -> job_pb2.Job:
         """Cancels a job and returns its record."""

@@ -93,6 +93,11 @@ class Img2ImgServiceStub:
                 request_serializer=img2img_dot_v1_dot_service__pb2.WatchJobRequest.SerializeToString,
                 response_deserializer=img2img_dot_v1_dot_service__pb2.WatchJobResponse.FromString,
                 _registered_method=True)
+        self.CreateStreamToken = channel.unary_unary(
+                '/img2img.v1.Img2ImgService/CreateStreamToken',
+                request_serializer=img2img_dot_v1_dot_service__pb2.CreateStreamTokenRequest.SerializeToString,
+                response_deserializer=img2img_dot_v1_dot_service__pb2.CreateStreamTokenResponse.FromString,
+                _registered_method=True)
         self.CancelJob = channel.unary_unary(
                 '/img2img.v1.Img2ImgService/CancelJob',
                 request_serializer=img2img_dot_v1_dot_service__pb2.CancelJobRequest.SerializeToString,
@@ -256,12 +261,31 @@ class Img2ImgServiceServicer:
 
         Errors:
         - INVALID_ARGUMENT, INVALID_REQUEST: after_sequence is negative.
-        - NOT_FOUND, JOB_NOT_FOUND: the tenant has no such job, or the job has expired.
+        - NOT_FOUND, JOB_NOT_FOUND: the tenant has no such job, or the job has expired. The same with a
+        token of another job.
+        - UNAUTHENTICATED, STREAM_TOKEN_EXPIRED: the token has expired, see CreateStreamToken. Make a new
+        one.
         - UNAVAILABLE, UNAVAILABLE: the server stops. Call again with the last sequence received.
         - RESOURCE_EXHAUSTED, TOO_MANY_CALLS: the tenant has too many open calls at this server, see
         Generate. Retry after the time in RetryInfo.
         - RESOURCE_EXHAUSTED, TOO_MANY_WATCHERS: the server has too many open streams. Retry after the time
         in RetryInfo.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateStreamToken(self, request, context):
+        """Makes a token with which this one job can be watched for a while, for programs that must not have
+        the API key, such as a page in a browser. Send the token as "authorization: Bearer TOKEN" with
+        WatchJob, or over HTTP in the query of /v1/jobs/{id}/events. No other method takes it. It stops
+        working at its expire_time, and before if the API key that made it is removed or expires. An open
+        stream continues after that.
+
+        Errors:
+        - NOT_FOUND, JOB_NOT_FOUND: the tenant has no such job, or the job has expired.
+        - FAILED_PRECONDITION, STREAM_TOKEN_KEYS_MISSING: the operator has not set
+        IMG2IMG_STREAM_TOKEN_KEYS.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -376,6 +400,11 @@ def add_Img2ImgServiceServicer_to_server(servicer, server):
                     servicer.WatchJob,
                     request_deserializer=img2img_dot_v1_dot_service__pb2.WatchJobRequest.FromString,
                     response_serializer=img2img_dot_v1_dot_service__pb2.WatchJobResponse.SerializeToString,
+            ),
+            'CreateStreamToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateStreamToken,
+                    request_deserializer=img2img_dot_v1_dot_service__pb2.CreateStreamTokenRequest.FromString,
+                    response_serializer=img2img_dot_v1_dot_service__pb2.CreateStreamTokenResponse.SerializeToString,
             ),
             'CancelJob': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelJob,
@@ -599,6 +628,33 @@ class Img2ImgService:
             '/img2img.v1.Img2ImgService/WatchJob',
             img2img_dot_v1_dot_service__pb2.WatchJobRequest.SerializeToString,
             img2img_dot_v1_dot_service__pb2.WatchJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateStreamToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/img2img.v1.Img2ImgService/CreateStreamToken',
+            img2img_dot_v1_dot_service__pb2.CreateStreamTokenRequest.SerializeToString,
+            img2img_dot_v1_dot_service__pb2.CreateStreamTokenResponse.FromString,
             options,
             channel_credentials,
             insecure,

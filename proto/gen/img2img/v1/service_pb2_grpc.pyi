@@ -141,12 +141,27 @@ class Img2ImgServiceStub:
 
     Errors:
     - INVALID_ARGUMENT, INVALID_REQUEST: after_sequence is negative.
-    - NOT_FOUND, JOB_NOT_FOUND: the tenant has no such job, or the job has expired.
+    - NOT_FOUND, JOB_NOT_FOUND: the tenant has no such job, or the job has expired. The same with a
+      token of another job.
+    - UNAUTHENTICATED, STREAM_TOKEN_EXPIRED: the token has expired, see CreateStreamToken. Make a new
+      one.
     - UNAVAILABLE, UNAVAILABLE: the server stops. Call again with the last sequence received.
     - RESOURCE_EXHAUSTED, TOO_MANY_CALLS: the tenant has too many open calls at this server, see
       Generate. Retry after the time in RetryInfo.
     - RESOURCE_EXHAUSTED, TOO_MANY_WATCHERS: the server has too many open streams. Retry after the time
       in RetryInfo.
+    """
+    CreateStreamToken: _grpc.UnaryUnaryMultiCallable[_service_pb2.CreateStreamTokenRequest, _service_pb2.CreateStreamTokenResponse]
+    """Makes a token with which this one job can be watched for a while, for programs that must not have
+    the API key, such as a page in a browser. Send the token as "authorization: Bearer TOKEN" with
+    WatchJob, or over HTTP in the query of /v1/jobs/{id}/events. No other method takes it. It stops
+    working at its expire_time, and before if the API key that made it is removed or expires. An open
+    stream continues after that.
+
+    Errors:
+    - NOT_FOUND, JOB_NOT_FOUND: the tenant has no such job, or the job has expired.
+    - FAILED_PRECONDITION, STREAM_TOKEN_KEYS_MISSING: the operator has not set
+      IMG2IMG_STREAM_TOKEN_KEYS.
     """
     CancelJob: _grpc.UnaryUnaryMultiCallable[_service_pb2.CancelJobRequest, _service_pb2.CancelJobResponse]
     """Cancels a job: a queued one at once, a running one at its next denoising step.
@@ -314,12 +329,27 @@ class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
 
     Errors:
     - INVALID_ARGUMENT, INVALID_REQUEST: after_sequence is negative.
-    - NOT_FOUND, JOB_NOT_FOUND: the tenant has no such job, or the job has expired.
+    - NOT_FOUND, JOB_NOT_FOUND: the tenant has no such job, or the job has expired. The same with a
+      token of another job.
+    - UNAUTHENTICATED, STREAM_TOKEN_EXPIRED: the token has expired, see CreateStreamToken. Make a new
+      one.
     - UNAVAILABLE, UNAVAILABLE: the server stops. Call again with the last sequence received.
     - RESOURCE_EXHAUSTED, TOO_MANY_CALLS: the tenant has too many open calls at this server, see
       Generate. Retry after the time in RetryInfo.
     - RESOURCE_EXHAUSTED, TOO_MANY_WATCHERS: the server has too many open streams. Retry after the time
       in RetryInfo.
+    """
+    CreateStreamToken: _aio.UnaryUnaryMultiCallable[_service_pb2.CreateStreamTokenRequest, _service_pb2.CreateStreamTokenResponse]  # type: ignore[assignment]
+    """Makes a token with which this one job can be watched for a while, for programs that must not have
+    the API key, such as a page in a browser. Send the token as "authorization: Bearer TOKEN" with
+    WatchJob, or over HTTP in the query of /v1/jobs/{id}/events. No other method takes it. It stops
+    working at its expire_time, and before if the API key that made it is removed or expires. An open
+    stream continues after that.
+
+    Errors:
+    - NOT_FOUND, JOB_NOT_FOUND: the tenant has no such job, or the job has expired.
+    - FAILED_PRECONDITION, STREAM_TOKEN_KEYS_MISSING: the operator has not set
+      IMG2IMG_STREAM_TOKEN_KEYS.
     """
     CancelJob: _aio.UnaryUnaryMultiCallable[_service_pb2.CancelJobRequest, _service_pb2.CancelJobResponse]  # type: ignore[assignment]
     """Cancels a job: a queued one at once, a running one at its next denoising step.
@@ -520,12 +550,33 @@ class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         - INVALID_ARGUMENT, INVALID_REQUEST: after_sequence is negative.
-        - NOT_FOUND, JOB_NOT_FOUND: the tenant has no such job, or the job has expired.
+        - NOT_FOUND, JOB_NOT_FOUND: the tenant has no such job, or the job has expired. The same with a
+          token of another job.
+        - UNAUTHENTICATED, STREAM_TOKEN_EXPIRED: the token has expired, see CreateStreamToken. Make a new
+          one.
         - UNAVAILABLE, UNAVAILABLE: the server stops. Call again with the last sequence received.
         - RESOURCE_EXHAUSTED, TOO_MANY_CALLS: the tenant has too many open calls at this server, see
           Generate. Retry after the time in RetryInfo.
         - RESOURCE_EXHAUSTED, TOO_MANY_WATCHERS: the server has too many open streams. Retry after the time
           in RetryInfo.
+        """
+
+    @_abc_1.abstractmethod
+    def CreateStreamToken(
+        self,
+        request: _service_pb2.CreateStreamTokenRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.CreateStreamTokenResponse, _abc.Awaitable[_service_pb2.CreateStreamTokenResponse]]:
+        """Makes a token with which this one job can be watched for a while, for programs that must not have
+        the API key, such as a page in a browser. Send the token as "authorization: Bearer TOKEN" with
+        WatchJob, or over HTTP in the query of /v1/jobs/{id}/events. No other method takes it. It stops
+        working at its expire_time, and before if the API key that made it is removed or expires. An open
+        stream continues after that.
+
+        Errors:
+        - NOT_FOUND, JOB_NOT_FOUND: the tenant has no such job, or the job has expired.
+        - FAILED_PRECONDITION, STREAM_TOKEN_KEYS_MISSING: the operator has not set
+          IMG2IMG_STREAM_TOKEN_KEYS.
         """
 
     @_abc_1.abstractmethod

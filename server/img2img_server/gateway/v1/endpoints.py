@@ -7,6 +7,7 @@ contract: previews, a model, a scheduler, cancelling.
     GET  /v1/jobs               ListJobs
     GET  /v1/jobs/{id}          GetJob
     POST /v1/jobs/{id}:cancel   CancelJob
+    POST /v1/jobs/{id}:token    CreateStreamToken
     GET  /v1/jobs/{id}/events   WatchJob, as server-sent events
 
 Bodies are the methods' own messages as JSON, see protojson.py.
@@ -33,9 +34,10 @@ from img2img_server.compat.modelslab.requests import Img2ImgRequest, merge
 from img2img_server.domain.job import TERMINAL_STATES
 from img2img_server.domain.violations import Reason, Violation
 from img2img_server.gateway.http import event_stream, request_ids
+from img2img_server.gateway.http.callers import header_key
 from img2img_server.gateway.http.event_stream import PING, paced
 from img2img_server.gateway.http.http_request import find_key, link_base, read_json
-from img2img_server.gateway.openapi import BODY, body, outcomes
+from img2img_server.gateway.openapi import BODY, WITH_TOKEN, body, outcomes
 from img2img_server.gateway.upstream import ENDED, Creation, Upstream
 from img2img_server.gateway.v1 import job_lists, job_requests, protojson
 from img2img_server.gateway.v1.errors import ErrorFormat, V1Error
@@ -104,11 +106,19 @@ class Endpoints:
         failing = [*BODY, ErrorKind.UNKNOWN_JOB, ErrorKind.JOB_ENDED]
         found = _outcomes("CancelJobResponse", errors=failing)
         router.post("/jobs/{job_id}:cancel", responses=found)(self.cancel_job)
+        failing = [*BODY, ErrorKind.UNKNOWN_JOB]
+        found = _outcomes("CreateStreamTokenResponse", errors=failing)
+        router.post("/jobs/{job_id}:token", responses=found)(self.create_stream_token)
         failing = [ErrorKind.FIELDS, ErrorKind.UNKNOWN_JOB, ErrorKind.RATE_LIMIT]
         found = _outcomes(errors=failing)
         found[200] = {"content": {"text/event-stream": {"schema": _EVENT}}}
         found[204] = {"description": "No event comes after Last-Event-ID."}
-        add = router.get("/jobs/{job_id}/events", responses=found, response_class=Response)
+        add = router.get(
+            "/jobs/{job_id}/events",
+            responses=found,
+            response_class=Response,
+            openapi_extra={"security": WITH_TOKEN},
+        )
         add(self.watch_job)
         return router
 
@@ -173,6 +183,12 @@ class Endpoints:
         key = find_key(request, await read_json(request))
         return _json(service_pb2.CancelJobResponse(job=await self._upstream.cancel(key, job_id)))
 
+    async def create_stream_token(self, request: Request, job_id: JobId) -> Response:
+        """Returns a token for /v1/jobs/{id}/events, as CreateStreamToken does over gRPC. Give it
+        to a page in a browser as `?token=`: an EventSource sends no headers."""
+        key = find_key(request, await read_json(request))
+        return _json(await self._upstream.stream_token(key, job_id))
+
     async def watch_job(
         self,
         request: Request,
@@ -182,12 +198,15 @@ class Endpoints:
     ) -> Response:
         """Streams server-sent events until the job has ended: `data` is a JobEvent of img2img.v1 as
         ProtoJSON with the proto's field names, `event` its kind, `id` its sequence. The key must be
-        in a header. Status 204 keeps an EventSource from reconnecting after the last event."""
-        key = find_key(request, {})
+        in a header, or a token of the job in the query. Status 204 keeps an EventSource from
+        reconnecting after the last event."""
+        token = "" if header_key(request.headers) else request.query_params.get("token", "")
+        key = find_key(request, {"key": token})
         text = last_event_id or after_sequence or "0"
         after = int(text) if text.isascii() and text.isdigit() and len(text) <= 16 else -1
         if not 0 <= after <= _MAX_SEQUENCE:
-            await self._upstream.caller(key)
+            if not token:  # A token can call no other method.
+                await self._upstream.caller(key)
             message = "after_sequence must be an integer of at least 0"
             wrong = Violation("after_sequence", Reason.OUT_OF_RANGE, message)
             raise RequestError(ErrorKind.FIELDS, violations=[wrong])

@@ -29,6 +29,10 @@ _SCALARS: dict[int, list[Schema]] = {
 }
 _SOURCES = job_pb2.InitImage.DESCRIPTOR.fields
 _REQUEST_ID = {"description": "Chosen by the caller: the same one gives the same job again."}
+_CALLS = (
+    *("CreateJob", "EstimateJob", "GetJob", "ListJobs", "CancelJob", "CreateStreamToken"),
+    "GetCapabilities",
+)
 JOB_BODY: Schema = {
     "requestBody": {
         "required": True,
@@ -56,7 +60,15 @@ def schemas(limits: Limits) -> dict[str, Schema]:
     found["CreateJobForm"] = _create_job_form(limits)
     found["JobFields"] = _object({}, _texts(limits))
     found["EstimateJobRequest"] = _estimate_job_request(limits)
-    calls = ("CreateJob", "EstimateJob", "GetJob", "ListJobs", "CancelJob", "GetCapabilities")
+    calls = (
+        "CreateStreamToken",
+        "CreateJob",
+        "EstimateJob",
+        "GetJob",
+        "ListJobs",
+        "CancelJob",
+        "GetCapabilities",
+    )
     for call in calls:
         _add(service_pb2.DESCRIPTOR.message_types_by_name[f"{call}Response"], found)
     _add(event_pb2.JobEvent.DESCRIPTOR, found)
