@@ -75,7 +75,7 @@ async def everything(folder: Path) -> AsyncIterator[tuple[str, dict[str, object]
 
     idle = WorkerInfo(name="idle", model=IDLE, device="cpu")
     await bus.workers.announce(idle)
-    api_settings = settings(queue_limit=100_000)
+    api_settings = settings(queue_limit=100_000, stream_token_keys="k" * 32)
     keys = KeyRing(file, dev_key=False)
     async with (
         background_task(work()) as working,
