@@ -35,4 +35,6 @@ class FakeAdmin(admin_service_pb2_grpc.AdminServiceServicer):
         self.RestartServer = answering(admin_service_pb2.RestartServerResponse())
         self.UpdateServer = answering(admin_service_pb2.UpdateServerResponse())
         self.ClearCache = answering(admin_service_pb2.ClearCacheResponse())
+        self.LoadModel = answering(admin_service_pb2.LoadModelResponse(workers=["w1"]))
+        self.UnloadModel = answering(admin_service_pb2.UnloadModelResponse(workers=["w1", "w2"]))
         self.ClearQueue = answering(admin_service_pb2.ClearQueueResponse(cleared_jobs=3))

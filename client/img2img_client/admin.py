@@ -134,6 +134,39 @@ class _Admin:
         return Rpc(self._stub.ClearCache, request, _nothing)
 
     @Unary
+    def load_model(self, model: str, worker: str = "") -> Rpc[tuple[str, ...]]:
+        """Makes a worker with a catalogue load a model, also in place of others with jobs.
+
+        Args:
+            worker: Name of the worker; empty: the service chooses one, unless a worker has loaded
+                the model.
+
+        Returns:
+            The worker that loads the model now, or the workers that have loaded it.
+
+        Raises:
+            NotFoundError: No worker announces the model.
+        """
+        request = requests.build(admin_service_pb2.LoadModelRequest, model=model, worker=worker)
+        return Rpc(self._stub.LoadModel, request, lambda response: tuple(response.workers))
+
+    @Unary
+    def unload_model(self, model: str, worker: str = "") -> Rpc[tuple[str, ...]]:
+        """Makes workers with a catalogue unload a model. The next request loads it again.
+
+        Args:
+            worker: Name of the worker; empty: all workers that have loaded the model.
+
+        Returns:
+            The workers that unload the model now.
+
+        Raises:
+            NotFoundError: No worker announces the model.
+        """
+        request = requests.build(admin_service_pb2.UnloadModelRequest, model=model, worker=worker)
+        return Rpc(self._stub.UnloadModel, request, lambda response: tuple(response.workers))
+
+    @Unary
     def clear_queue(self) -> Rpc[int]:
         """Fails all queued jobs of the tenant and returns their number."""
         request = admin_service_pb2.ClearQueueRequest()

@@ -13,6 +13,7 @@ ServiceError
 ├── JobNotEndedError           FAILED_PRECONDITION  JOB_NOT_ENDED
 ├── NoWebhookError             FAILED_PRECONDITION  NO_WEBHOOK
 ├── DeadlineTooShortError      FAILED_PRECONDITION  DEADLINE_TOO_SHORT   retry, if that can help
+├── NoCatalogueError           FAILED_PRECONDITION  NO_CATALOGUE
 ├── StorageKeysMissingError    FAILED_PRECONDITION  STORAGE_KEYS_MISSING
 ├── StreamTokenKeysMissingError FAILED_PRECONDITION STREAM_TOKEN_KEYS_MISSING
 ├── MessageTooLargeError       FAILED_PRECONDITION  MESSAGE_TOO_LARGE
@@ -187,6 +188,17 @@ class ModelNotFoundError(ServiceError):
 
     def _values(self) -> dict[str, Any]:
         return {"model": self.model[:_SHOWN_CHARACTERS], "known": ",".join(self.known)}
+
+
+class NoCatalogueError(ServiceError):
+    """The workers of a model serve only this model."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "NO_CATALOGUE"
+    sentence = (
+        "no worker of model {model!r} has a catalogue (IMG2IMG_MODELS_FILE), so it is always loaded"
+    )
+    model: str
 
 
 class RequestIdReusedError(ServiceError):

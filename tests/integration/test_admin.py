@@ -41,13 +41,16 @@ from tests.stack import (
 )
 
 CALLS = [
-    *("GetSystemDetails", "RestartServer", "UpdateServer", "ClearCache", "ClearQueue", "ListKeys")
+    *("GetSystemDetails", "RestartServer", "UpdateServer", "ClearCache", "ClearQueue", "ListKeys"),
+    *("LoadModel", "UnloadModel"),
 ]
 
 
 async def call(api: Api, method: str, metadata: Any = DEV) -> Any:
     stub = admin_service_pb2_grpc.AdminServiceStub(api.channel)
     request = getattr(admin, f"{method}Request")()
+    if "model" in request.DESCRIPTOR.fields_by_name:
+        request.model = FAKE_MODEL.name
     return await getattr(stub, method)(request, metadata=metadata, timeout=WAIT_SECONDS)
 
 
@@ -83,7 +86,7 @@ async def get(api: Api, job: job_pb2.Job, metadata: Any) -> job_pb2.Job:
 async def announced() -> AsyncIterator[Bus]:
     """Yields a bus on which the fake model is announced although no worker runs."""
     bus = memory_bus()
-    worker = WorkerInfo(name="w", model=FAKE_MODEL, device="cpu")
+    worker = WorkerInfo(name="w", model=FAKE_MODEL, device="cpu", has_catalogue=True)
     await bus.workers.announce(worker)
     yield bus
 

@@ -6,9 +6,10 @@ import asyncio
 import time
 from dataclasses import replace
 
+import grpc
 import pytest
 
-from img2img.v1 import job_pb2
+from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc, job_pb2, service_pb2
 from img2img_server.domain.models import ModelState
 from img2img_server.domain.params import Lane
 from img2img_server.errors import OperatorError, UnavailableError
@@ -19,7 +20,15 @@ from img2img_server.telemetry import MODEL_LOADED, MODEL_SWAPS
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from tests.catalogues import FakeLoader, announced, catalogue_worker
-from tests.stack import Api, read_until, running_api, settings, spec
+from tests.stack import (
+    Api,
+    read_until,
+    refusal,
+    running_api,
+    running_worker,
+    settings,
+    spec,
+)
 
 SUCCEEDED = job_pb2.Job.STATE_SUCCEEDED
 THREE = {"a": 4, "b": 4, "c": 4}
@@ -196,3 +205,77 @@ async def test_an_operators_restart_ends_the_worker_and_requeues_its_jobs() -> N
             await asyncio.wait_for(asyncio.shield(worker.task), 10)
         assert (await api.get(job.name)).state == job_pb2.Job.STATE_QUEUED
         assert await bus.queue.depth("a", Lane.REALTIME) == 1
+
+
+OPERATOR = (("authorization", "Bearer dev-key"),)
+
+
+async def command(api: Api, method: str, model: str, worker: str = "") -> list[str]:
+    """Loads or unloads a model as an operator; returns the workers of the response."""
+    stub = admin_service_pb2_grpc.AdminServiceStub(api.channel)
+    request = getattr(admin_service_pb2, f"{method}Request")(model=model, worker=worker)
+    response = await getattr(stub, method)(request, metadata=OPERATOR, timeout=10)
+    return list(response.workers)
+
+
+async def test_an_operator_loads_a_model_in_place_of_one_with_jobs() -> None:
+    bus, loader = memory_bus(), FakeLoader(THREE, budget=4)
+    async with catalogue_worker(bus, loader, model_swap_seconds=0.1), running_api(bus) as api:
+        job = await api.create(spec(model="a", prompt="hold: it", strength=1.0))
+        await read_until(api.watch(job.name), "step")
+        assert await command(api, "LoadModel", "b") == ["w1"]
+        await announced(bus, "b", ModelState.LOADED)
+        assert await command(api, "LoadModel", "b") == ["w1"]
+        await api.reaches(job.name, job_pb2.Job.STATE_QUEUED)
+        assert loader.loaded == {"b"}
+    assert loader.loads[:2] == ["a", "b"]
+
+
+async def test_an_operator_unloads_a_model_and_the_next_request_loads_it_again() -> None:
+    bus, loader = memory_bus(), FakeLoader(THREE)
+    async with catalogue_worker(bus, loader), running_api(bus) as api:
+        assert await command(api, "UnloadModel", "a", "w1") == ["w1"]
+        await announced(bus, "a", ModelState.COLD)
+        assert loader.loaded == set()
+        assert await command(api, "UnloadModel", "a") == []
+        await run(api, "a")
+    assert loader.loads == ["a", "a"]
+
+
+async def test_commands_about_models_that_cannot_be_loaded_are_refused() -> None:
+    bus = memory_bus()
+    async with (
+        catalogue_worker(bus, FakeLoader(THREE)),
+        running_worker(bus, name="fixed"),
+        running_api(bus) as api,
+    ):
+        refused = []
+        for model, worker in (("", ""), ("d", ""), ("fake", ""), ("a", "w2")):
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await command(api, "LoadModel", model, worker)
+            refused.append(refusal(error.value))
+    assert [it.reason for it in refused] == [
+        *("INVALID_REQUEST", "MODEL_NOT_FOUND", "NO_CATALOGUE", "INVALID_REQUEST")
+    ]
+    assert [list(it.violations) for it in refused] == [["model"], [], [], ["worker"]]
+
+
+async def test_an_operator_retries_a_model_that_failed() -> None:
+    bus, loader = memory_bus(), FakeLoader(THREE, wrong={"b": "a part is missing"})
+    async with catalogue_worker(bus, loader), running_api(bus) as api:
+        await command(api, "LoadModel", "b")
+        await announced(bus, "b", ModelState.FAILED)
+        models = {each.name: each for each in (await capabilities(api)).models}
+        assert models["b"].state == service_pb2.Model.STATE_UNSERVED
+        assert list(models["b"].load_failures) == ["w1/b: a part is missing"]
+        assert models["a"].state == service_pb2.Model.STATE_LOADED
+        assert models["c"].state == service_pb2.Model.STATE_COLD
+        assert [models[name].workers for name in "abc"] == [1, 0, 1]
+        loader.wrong.clear()
+        await command(api, "LoadModel", "b")
+        await announced(bus, "b", ModelState.LOADED)
+
+
+async def capabilities(api: Api) -> service_pb2.GetCapabilitiesResponse:
+    request = service_pb2.GetCapabilitiesRequest()
+    return await api.stub.GetCapabilities(request, metadata=OPERATOR, timeout=10)

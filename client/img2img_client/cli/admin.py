@@ -82,6 +82,37 @@ def clear_cache(session: Session) -> None:
     _done(session, "the workers are emptying their caches")
 
 
+@admin.group()
+def models() -> None:
+    """Load and unload models of workers that serve several; `img2img capabilities` lists them."""
+
+
+_WORKER = click.option("--worker", default="", help="Name of the worker.")
+
+
+@models.command()
+@click.argument("model")
+@_WORKER
+@command
+def load(session: Session, *, model: str, worker: str) -> None:
+    """Make a worker load MODEL before a request needs it."""
+    workers = session.client.admin.load_model(model, worker)
+    text = f"{model} is loaded, or is being loaded, by {', '.join(workers)}"
+    session.answer({"workers": workers}, lambda: click.echo(text))
+
+
+@models.command()
+@click.argument("model")
+@_WORKER
+@command
+def unload(session: Session, *, model: str, worker: str) -> None:
+    """Make workers unload MODEL; the next request loads it again."""
+    workers = session.client.admin.unload_model(model, worker)
+    text = f"{model} is being unloaded by {', '.join(workers)}"
+    text = text if workers else f"no worker has loaded {model}"
+    session.answer({"workers": workers}, lambda: click.echo(text))
+
+
 @admin.command("clear-queue")
 @command
 def clear_queue(session: Session) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
@@ -19,10 +20,11 @@ from img2img_server.api.estimate import Estimator
 from img2img_server.api.interceptors import current_principal
 from img2img_server.api.keys import KeyRing, Principal
 from img2img_server.compat.modelslab.server_types import WITHOUT_EFFECT, validate_server_type
+from img2img_server.domain.models import WorkerInfo
 from img2img_server.domain.price import Price
 from img2img_server.domain.storage import REALTIME, validate_storage
-from img2img_server.domain.violations import Reason, Violation, out_of_range
-from img2img_server.interfaces.queue import WorkerCommand
+from img2img_server.domain.violations import Reason, Violation, out_of_range, required
+from img2img_server.interfaces.queue import ModelCommand, WorkerCommand
 from img2img_server.nats.usage import MOST_DAYS
 from img2img_server.outbound.policy import ForbiddenAddressError
 from img2img_server.storage.tenant_s3 import TenantS3
@@ -89,6 +91,60 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         await self._broadcast(WorkerCommand.CLEAR_CACHE)
         return admin_service_pb2.ClearCacheResponse()
 
+    async def LoadModel(  # noqa: N802
+        self, request: admin_service_pb2.LoadModelRequest, context: Context
+    ) -> admin_service_pb2.LoadModelResponse:
+        workers = await self._catalogue_workers(request.model, request.worker)
+        loaded = [worker for worker in workers if worker.is_loaded]
+        if not loaded:
+            likely = min(workers, key=lambda it: (not it.serves, it.load_seconds, it.name))
+            await self._command_models([likely], loads=True)
+            loaded = [likely]
+        return admin_service_pb2.LoadModelResponse(workers=_processes(loaded))
+
+    async def UnloadModel(  # noqa: N802
+        self, request: admin_service_pb2.UnloadModelRequest, context: Context
+    ) -> admin_service_pb2.UnloadModelResponse:
+        workers = await self._catalogue_workers(request.model, request.worker)
+        loaded = [worker for worker in workers if worker.is_loaded]
+        await self._command_models(loaded, loads=False)
+        return admin_service_pb2.UnloadModelResponse(workers=_processes(loaded))
+
+    async def _catalogue_workers(self, model: str, worker: str) -> list[WorkerInfo]:
+        """Returns the announcements of a model by workers with a catalogue, at least one.
+
+        Args:
+            worker: The only worker; empty: all workers.
+
+        Raises:
+            PermissionDeniedError, InvalidRequestError, ModelNotFoundError, NoCatalogueError,
+            UnavailableError.
+        """
+        current_principal().require("operate")
+        self._workers.forget()
+        if not model:
+            raise errors.InvalidRequestError([required("model")])
+        announced = [each for each in await self._workers.announced() if not each.draining]
+        serving = [each for each in announced if each.model.name == model]
+        if not serving:
+            known = sorted({each.model.name for each in announced})
+            raise errors.ModelNotFoundError(model, tuple(known))
+        able = [each for each in serving if each.has_catalogue]
+        if not able:
+            raise errors.NoCatalogueError(model)
+        if worker:
+            able = [each for each in able if each.name == f"{worker}/{model}"]
+        if not able:
+            text = f"worker must name a worker with a catalogue that has the model {model!r}"
+            raise errors.InvalidRequestError([Violation("worker", Reason.NOT_SUPPORTED, text)])
+        return able
+
+    async def _command_models(self, workers: Sequence[WorkerInfo], *, loads: bool) -> None:
+        for worker in workers:
+            await self._control.command_model(ModelCommand(worker=worker.name, loads=loads))
+            log.info("model_command_sent", worker=worker.name, loads=loads)
+        self._workers.forget()
+
     async def ClearQueue(  # noqa: N802
         self, request: admin_service_pb2.ClearQueueRequest, context: Context
     ) -> admin_service_pb2.ClearQueueResponse:
@@ -149,6 +205,11 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         await self._control.broadcast(command)
         self._workers.forget()
         log.info("worker_command_sent", command=command, tenant=principal.tenant)
+
+
+def _processes(workers: Sequence[WorkerInfo]) -> list[str]:
+    """Returns the names of the workers without their models."""
+    return [worker.name.removesuffix(f"/{worker.model.name}") for worker in workers]
 
 
 class StorageCalls:

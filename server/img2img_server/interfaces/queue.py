@@ -349,6 +349,19 @@ class WorkerCommand(StrEnum):
     CLEAR_CACHE = "clear_cache"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCommand:
+    """A command to one worker with a catalogue.
+
+    Attributes:
+        worker: The name under which the worker announces the model.
+        loads: Load the model; False: unload it.
+    """
+
+    worker: str
+    loads: bool
+
+
 class StreamState(StrEnum):
     """A notice to the other apis about the streams of a job.
 
@@ -404,6 +417,16 @@ class Control(Protocol):
         self, handler: Callable[[WorkerCommand], Awaitable[None]]
     ) -> AbstractAsyncContextManager[None]:
         """Calls `handler` with every command."""
+        ...
+
+    async def command_model(self, command: ModelCommand) -> None:
+        """Sends a command about a model to its worker, if it listens now."""
+        ...
+
+    def on_model_command(
+        self, handler: Callable[[ModelCommand], Awaitable[None]]
+    ) -> AbstractAsyncContextManager[None]:
+        """Calls `handler` with every command about a model, of any worker."""
         ...
 
     async def notify(self, notice: StreamNotice) -> None:

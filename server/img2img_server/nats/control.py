@@ -11,7 +11,12 @@ from typing import TypeVar
 import nats.errors
 from nats.aio.msg import Msg
 
-from img2img_server.interfaces.queue import StreamNotice, UsageReport, WorkerCommand
+from img2img_server.interfaces.queue import (
+    ModelCommand,
+    StreamNotice,
+    UsageReport,
+    WorkerCommand,
+)
 from img2img_server.nats import codec, subjects
 from img2img_server.nats.connection import NatsConnection
 from img2img_server.nats.faults import unavailable
@@ -35,6 +40,14 @@ class NatsControl:
 
     async def broadcast(self, broadcast: WorkerCommand) -> None:
         await self._send(subjects.COMMAND_SUBJECT, broadcast)
+
+    async def command_model(self, command: ModelCommand) -> None:
+        await self._send(subjects.MODELS_SUBJECT, command)
+
+    def on_model_command(
+        self, handler: Callable[[ModelCommand], Awaitable[None]]
+    ) -> AbstractAsyncContextManager[None]:
+        return self._receive(subjects.MODELS_SUBJECT, ModelCommand, handler)
 
     async def notify(self, notice: StreamNotice) -> None:
         await self._send(subjects.STREAMS_SUBJECT, notice)

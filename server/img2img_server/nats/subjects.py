@@ -12,6 +12,7 @@ img2img.permits.<tenant>                 one message for each unfinished job: it
 img2img.states.<key>.<chunk>              the state of a suspended job
 img2img.control.cancel                   not stored
 img2img.control.command                  not stored
+img2img.control.models                   commands to load or unload a model, not stored
 img2img.control.streams                  between apis, not stored
 img2img.control.usage                    device time by tenant, between workers, not stored
 img2img.control.queued.<model>           a job waits, not stored
@@ -52,6 +53,7 @@ STATES_SUBJECT: Final = "img2img.states.>"
 NOTICES_SUBJECT: Final = "img2img.notices.>"
 CANCEL_SUBJECT: Final = "img2img.control.cancel"
 COMMAND_SUBJECT: Final = "img2img.control.command"
+MODELS_SUBJECT: Final = "img2img.control.models"
 STREAMS_SUBJECT: Final = "img2img.control.streams"
 USAGE_SUBJECT: Final = "img2img.control.usage"
 

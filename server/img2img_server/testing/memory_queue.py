@@ -18,6 +18,7 @@ from img2img_server.interfaces.queue import (
     Delivery,
     InTurn,
     LaneLoad,
+    ModelCommand,
     OwnershipLostError,
     QueuedJob,
     QueueSource,
@@ -413,6 +414,7 @@ class MemoryControl:
     def __init__(self) -> None:
         self._cancel_handlers: list[Callable[[int], Awaitable[None]]] = []
         self._command_handlers: list[Callable[[WorkerCommand], Awaitable[None]]] = []
+        self._model_handlers: list[Callable[[ModelCommand], Awaitable[None]]] = []
         self._notice_handlers: list[Callable[[StreamNotice], Awaitable[None]]] = []
         self._usage_handlers: list[Callable[[UsageReport], Awaitable[None]]] = []
 
@@ -434,6 +436,17 @@ class MemoryControl:
         self, handler: Callable[[WorkerCommand], Awaitable[None]]
     ) -> AsyncIterator[None]:
         with _listed(self._command_handlers, handler):
+            yield
+
+    async def command_model(self, command: ModelCommand) -> None:
+        for handler in list(self._model_handlers):
+            await handler(command)
+
+    @asynccontextmanager
+    async def on_model_command(
+        self, handler: Callable[[ModelCommand], Awaitable[None]]
+    ) -> AsyncIterator[None]:
+        with _listed(self._model_handlers, handler):
             yield
 
     async def notify(self, notice: StreamNotice) -> None:

@@ -21,7 +21,7 @@ from img2img_server import errors
 from img2img_server.domain.models import ModelState, WorkerInfo
 from img2img_server.engine.catalogue import CatalogueModel
 from img2img_server.errors import OperatorError
-from img2img_server.interfaces.queue import Control, JobQueue, WorkerCommand
+from img2img_server.interfaces.queue import Control, JobQueue, ModelCommand, WorkerCommand
 from img2img_server.interfaces.records import WorkerRegistry
 from img2img_server.lifecycle import RestartError, first_of
 from img2img_server.tasks import background_task
@@ -33,8 +33,8 @@ from img2img_server.telemetry import (
     count_from_zero,
 )
 from img2img_server.worker.deps import Throughput
+from img2img_server.worker.model_demand import Demand
 from img2img_server.worker.model_loader import LoadedModel, ModelLoader, NoRoomError
-from img2img_server.worker.model_plan import LoadedModel as Candidate
 from img2img_server.worker.model_plan import Swap, WantedModel, choose_swap
 from img2img_server.worker.model_slot import ModelSlot
 from img2img_server.worker.worker import ANNOUNCE_SECONDS, WITHDRAW_SECONDS, Worker
@@ -45,7 +45,6 @@ IDLE_SECONDS: Final = 1.0  # A model without jobs for this time is idle.
 # model.
 SETTLE_SECONDS: Final = 0.1
 RESTART_SECONDS: Final = 10.0  # Workers that restart requeue their jobs within this time.
-RETRY_SECONDS: Final = 300.0  # A model that failed is loaded again for a job after this time.
 
 log = structlog.get_logger()
 
@@ -78,15 +77,15 @@ class ModelSet:
         idle_seconds: float = IDLE_SECONDS,
     ) -> None:
         self._slots = [ModelSlot(name, model) for model in models]
+        self._demand = Demand(queue, registry, self._slots, idle_seconds)
         self._loader = loader
         self._make_worker = make_worker
-        self._queue = queue
         self._registry = registry
         self._control = control
         self._swap_seconds = swap_seconds
         self._drain_seconds = drain_seconds
         self._look_seconds = look_seconds
-        self._idle_seconds = idle_seconds
+        self._commands: asyncio.Queue[ModelCommand] = asyncio.Queue()
         self._restarting = asyncio.Event()
         self._worker_ended = asyncio.Event()
 
@@ -105,7 +104,10 @@ class ModelSet:
         count_from_zero(MODEL_SWAPS, names)
         count_from_zero(MODEL_LOAD_FAILURES, names)
         try:
-            async with self._control.on_command(self._on_command):
+            async with (
+                self._control.on_command(self._on_command),
+                self._control.on_model_command(self._on_model_command),
+            ):
                 await first_of(
                     stop.wait(),
                     self._restarting.wait(),
@@ -134,11 +136,13 @@ class ModelSet:
                     raise OperatorError("\n  ".join(["no model can be served:", *reasons]))
                 ready()
             while True:
-                await asyncio.sleep(self._look_seconds)
-                swap = None
+                if command := await self._next_command():
+                    await self._execute(command)
+                    continue
+                wanted: list[WantedModel] = []
                 with suppress(errors.UnavailableError):  # NATS is down; jobs wait.
-                    swap = await self._choose()
-                if swap:
+                    wanted = await self._demand.wanted()
+                if wanted and (swap := await self._chosen(wanted, self._swap_seconds)):
                     await self._swap(swap)
 
     async def _find_all(self, slots: Sequence[ModelSlot]) -> None:
@@ -173,77 +177,21 @@ class ModelSet:
         )
         await self._announce_slot(slot)
 
-    # Which model to load.
-
     def _in(self, *states: ModelState) -> list[ModelSlot]:
         return [slot for slot in self._slots if slot.state in states]
 
-    async def _choose(self) -> Swap | None:
-        now = time.monotonic()
-        cold = [slot for slot in self._in(ModelState.COLD) if slot.is_found]
-        cold += [s for s in self._in(ModelState.FAILED) if now - s.failed_at >= RETRY_SECONDS]
-        served: dict[str, ModelState] | None = None
-        wanted = []
-        for slot in cold:
-            unfinished, waiting = await self._jobs(slot)
-            if unfinished and served is None:
-                served = await self._served_elsewhere()
-            state = served.get(slot.name) if served else None
-            is_served = state is not None
-            # Another worker runs the jobs that do not wait.
-            is_wanted = waiting if is_served else unfinished
-            if not is_wanted or state is ModelState.LOADING or is_served != slot.is_served:
-                slot.since, slot.is_served = None, is_served
-            if not is_wanted or state is ModelState.LOADING:
-                continue
-            slot.since = now if slot.since is None else slot.since
-            wanted.append(
-                WantedModel(name=slot.name, size=slot.size, since=slot.since, is_served=is_served)
+    async def _chosen(self, wanted: Sequence[WantedModel], swap_seconds: float) -> Swap | None:
+        """Returns what to load; None if nothing, or if NATS is down: jobs wait."""
+        used = sum(slot.size for slot in self._in(ModelState.LOADED))
+        with suppress(errors.UnavailableError):
+            return choose_swap(
+                wanted,
+                await self._demand.loaded(),
+                lambda size, freed: self._loader.has_room(size, freed, used),
+                time.monotonic(),
+                swap_seconds,
             )
-        if not wanted:
-            return None
-        loaded = self._in(ModelState.LOADED)
-        used = sum(slot.size for slot in loaded)
-        return choose_swap(
-            wanted,
-            [await self._candidate(slot) for slot in loaded],
-            lambda size, freed: self._loader.has_room(size, freed, used),
-            now,
-            self._swap_seconds,
-        )
-
-    async def _jobs(self, slot: ModelSlot) -> tuple[int, int]:
-        """Returns the numbers of unfinished and of waiting jobs of a model."""
-        loads = await self._queue.loads(slot.name)
-        unfinished = sum(sum(load.source.jobs.values()) for load in loads)
-        return unfinished, sum(load.waiting for load in loads)
-
-    async def _served_elsewhere(self) -> dict[str, ModelState]:
-        """Returns the models that other workers have loaded or load now."""
-        ours = {slot.announced_name for slot in self._slots}
-        found: dict[str, ModelState] = {}
-        for worker in await self._registry.workers():
-            name, state = worker.model.name, worker.model_state
-            if worker.name in ours or worker.store_trouble or state is ModelState.COLD:
-                continue
-            if found.get(name) is not ModelState.LOADED:
-                found[name] = state
-        return found
-
-    async def _candidate(self, slot: ModelSlot) -> Candidate:
-        assert slot.worker is not None
-        used_at = slot.worker.used_at
-        is_busy = time.monotonic() - used_at < self._idle_seconds
-        if not is_busy:
-            _, waiting = await self._jobs(slot)
-            is_busy = waiting > 0
-        return Candidate(
-            name=slot.name,
-            size=slot.size,
-            used_at=used_at,
-            loaded_at=slot.loaded_at,
-            is_busy=is_busy,
-        )
+        return None
 
     # Loading and unloading.
 
@@ -385,6 +333,38 @@ class ModelSet:
         """Restarts a process without a loaded model. The workers of loaded models do it, too."""
         if command is WorkerCommand.RESTART:
             self._restarting.set()
+
+    # Commands of an operator.
+
+    async def _on_model_command(self, command: ModelCommand) -> None:
+        self._commands.put_nowait(command)
+
+    async def _next_command(self) -> ModelCommand | None:
+        """Waits for a command until it is time to look at the jobs; then returns None."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._look_seconds):
+                return await self._commands.get()
+        return None
+
+    async def _execute(self, command: ModelCommand) -> None:
+        """Loads or unloads a model, if it is one of this worker."""
+        for slot in self._slots:
+            if slot.announced_name != command.worker:
+                continue
+            log.info("model_command_received", model=slot.name, loads=command.loads)
+            if command.loads and slot.state in (ModelState.COLD, ModelState.FAILED):
+                if not slot.is_found:
+                    await self._find(slot)
+                if slot.is_found:
+                    await self._load_now(slot)
+            elif not command.loads and slot.state is ModelState.LOADED:
+                await self._unload(slot)
+
+    async def _load_now(self, slot: ModelSlot) -> None:
+        """Loads a model, in place of models with jobs if there is no other room."""
+        wanted = WantedModel(name=slot.name, size=slot.size, since=time.monotonic())
+        if swap := await self._chosen([wanted], swap_seconds=0.0):
+            await self._swap(swap)
 
     # Announcements.
 

@@ -72,6 +72,16 @@ class AdminServiceStub:
                 request_serializer=img2img_dot_v1_dot_admin__service__pb2.GetUsageRequest.SerializeToString,
                 response_deserializer=img2img_dot_v1_dot_admin__service__pb2.GetUsageResponse.FromString,
                 _registered_method=True)
+        self.LoadModel = channel.unary_unary(
+                '/img2img.v1.AdminService/LoadModel',
+                request_serializer=img2img_dot_v1_dot_admin__service__pb2.LoadModelRequest.SerializeToString,
+                response_deserializer=img2img_dot_v1_dot_admin__service__pb2.LoadModelResponse.FromString,
+                _registered_method=True)
+        self.UnloadModel = channel.unary_unary(
+                '/img2img.v1.AdminService/UnloadModel',
+                request_serializer=img2img_dot_v1_dot_admin__service__pb2.UnloadModelRequest.SerializeToString,
+                response_deserializer=img2img_dot_v1_dot_admin__service__pb2.UnloadModelResponse.FromString,
+                _registered_method=True)
         self.ListKeys = channel.unary_unary(
                 '/img2img.v1.AdminService/ListKeys',
                 request_serializer=img2img_dot_v1_dot_admin__service__pb2.ListKeysRequest.SerializeToString,
@@ -145,6 +155,31 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadModel(self, request, context):
+        """Makes a worker with a catalogue load a model before a request needs it. Other models may be unloaded
+        for it, also such that have jobs; those jobs are requeued or continue later. The method returns once
+        the command is sent: GetCapabilities reports when the model is loaded, or why it cannot be.
+
+        Errors:
+        - INVALID_ARGUMENT, INVALID_REQUEST: the worker does not serve the model.
+        - NOT_FOUND, MODEL_NOT_FOUND: no worker announces the model.
+        - FAILED_PRECONDITION, NO_CATALOGUE: the workers of the model have no catalogue. They serve only
+        this model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadModel(self, request, context):
+        """Makes workers with a catalogue unload a model, which frees its memory. Its waiting jobs are requeued,
+        and its running jobs finish or continue later. The next request loads the model again.
+
+        Errors: those of LoadModel.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListKeys(self, request, context):
         """Returns all API keys that are configured, without the keys themselves: whose they are, when they
         expire and when they were used last.
@@ -185,6 +220,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetUsage,
                     request_deserializer=img2img_dot_v1_dot_admin__service__pb2.GetUsageRequest.FromString,
                     response_serializer=img2img_dot_v1_dot_admin__service__pb2.GetUsageResponse.SerializeToString,
+            ),
+            'LoadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadModel,
+                    request_deserializer=img2img_dot_v1_dot_admin__service__pb2.LoadModelRequest.FromString,
+                    response_serializer=img2img_dot_v1_dot_admin__service__pb2.LoadModelResponse.SerializeToString,
+            ),
+            'UnloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadModel,
+                    request_deserializer=img2img_dot_v1_dot_admin__service__pb2.UnloadModelRequest.FromString,
+                    response_serializer=img2img_dot_v1_dot_admin__service__pb2.UnloadModelResponse.SerializeToString,
             ),
             'ListKeys': grpc.unary_unary_rpc_method_handler(
                     servicer.ListKeys,
@@ -362,6 +407,60 @@ class AdminService:
             '/img2img.v1.AdminService/GetUsage',
             img2img_dot_v1_dot_admin__service__pb2.GetUsageRequest.SerializeToString,
             img2img_dot_v1_dot_admin__service__pb2.GetUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/img2img.v1.AdminService/LoadModel',
+            img2img_dot_v1_dot_admin__service__pb2.LoadModelRequest.SerializeToString,
+            img2img_dot_v1_dot_admin__service__pb2.LoadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/img2img.v1.AdminService/UnloadModel',
+            img2img_dot_v1_dot_admin__service__pb2.UnloadModelRequest.SerializeToString,
+            img2img_dot_v1_dot_admin__service__pb2.UnloadModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

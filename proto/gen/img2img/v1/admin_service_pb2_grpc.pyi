@@ -72,6 +72,23 @@ class AdminServiceStub:
     Errors:
     - INVALID_ARGUMENT, INVALID_REQUEST: days is out of range.
     """
+    LoadModel: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.LoadModelRequest, _admin_service_pb2.LoadModelResponse]
+    """Makes a worker with a catalogue load a model before a request needs it. Other models may be unloaded
+    for it, also such that have jobs; those jobs are requeued or continue later. The method returns once
+    the command is sent: GetCapabilities reports when the model is loaded, or why it cannot be.
+
+    Errors:
+    - INVALID_ARGUMENT, INVALID_REQUEST: the worker does not serve the model.
+    - NOT_FOUND, MODEL_NOT_FOUND: no worker announces the model.
+    - FAILED_PRECONDITION, NO_CATALOGUE: the workers of the model have no catalogue. They serve only
+      this model.
+    """
+    UnloadModel: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.UnloadModelRequest, _admin_service_pb2.UnloadModelResponse]
+    """Makes workers with a catalogue unload a model, which frees its memory. Its waiting jobs are requeued,
+    and its running jobs finish or continue later. The next request loads the model again.
+
+    Errors: those of LoadModel.
+    """
     ListKeys: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListKeysRequest, _admin_service_pb2.ListKeysResponse]
     """Returns all API keys that are configured, without the keys themselves: whose they are, when they
     expire and when they were used last.
@@ -120,6 +137,23 @@ class AdminServiceAsyncStub(AdminServiceStub):
 
     Errors:
     - INVALID_ARGUMENT, INVALID_REQUEST: days is out of range.
+    """
+    LoadModel: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.LoadModelRequest, _admin_service_pb2.LoadModelResponse]  # type: ignore[assignment]
+    """Makes a worker with a catalogue load a model before a request needs it. Other models may be unloaded
+    for it, also such that have jobs; those jobs are requeued or continue later. The method returns once
+    the command is sent: GetCapabilities reports when the model is loaded, or why it cannot be.
+
+    Errors:
+    - INVALID_ARGUMENT, INVALID_REQUEST: the worker does not serve the model.
+    - NOT_FOUND, MODEL_NOT_FOUND: no worker announces the model.
+    - FAILED_PRECONDITION, NO_CATALOGUE: the workers of the model have no catalogue. They serve only
+      this model.
+    """
+    UnloadModel: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.UnloadModelRequest, _admin_service_pb2.UnloadModelResponse]  # type: ignore[assignment]
+    """Makes workers with a catalogue unload a model, which frees its memory. Its waiting jobs are requeued,
+    and its running jobs finish or continue later. The next request loads the model again.
+
+    Errors: those of LoadModel.
     """
     ListKeys: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListKeysRequest, _admin_service_pb2.ListKeysResponse]  # type: ignore[assignment]
     """Returns all API keys that are configured, without the keys themselves: whose they are, when they
@@ -202,6 +236,35 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         - INVALID_ARGUMENT, INVALID_REQUEST: days is out of range.
+        """
+
+    @_abc_1.abstractmethod
+    def LoadModel(
+        self,
+        request: _admin_service_pb2.LoadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.LoadModelResponse, _abc.Awaitable[_admin_service_pb2.LoadModelResponse]]:
+        """Makes a worker with a catalogue load a model before a request needs it. Other models may be unloaded
+        for it, also such that have jobs; those jobs are requeued or continue later. The method returns once
+        the command is sent: GetCapabilities reports when the model is loaded, or why it cannot be.
+
+        Errors:
+        - INVALID_ARGUMENT, INVALID_REQUEST: the worker does not serve the model.
+        - NOT_FOUND, MODEL_NOT_FOUND: no worker announces the model.
+        - FAILED_PRECONDITION, NO_CATALOGUE: the workers of the model have no catalogue. They serve only
+          this model.
+        """
+
+    @_abc_1.abstractmethod
+    def UnloadModel(
+        self,
+        request: _admin_service_pb2.UnloadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.UnloadModelResponse, _abc.Awaitable[_admin_service_pb2.UnloadModelResponse]]:
+        """Makes workers with a catalogue unload a model, which frees its memory. Its waiting jobs are requeued,
+        and its running jobs finish or continue later. The next request loads the model again.
+
+        Errors: those of LoadModel.
         """
 
     @_abc_1.abstractmethod
