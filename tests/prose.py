@@ -126,7 +126,8 @@ QUESTION = re.compile(r"(?:^|(?<=[.:!] ))(What|Who|Whom|Whose) [^.?!]*[.!:]")
 CODE = re.compile(r"``[^`]*``|`[^`]*`|https?://\S+|\[[^\]]*\]\([^)]*\)")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
-SUFFIXES = {".py", ".proto", ".md", ".yaml", ".yml", ".tpl", ".txt", ".js", ".html", ".css"}
+SUFFIXES = {".py", ".md", ".yaml", ".yml", ".tpl", ".txt", ".js", ".html", ".css"}
+SLASHES = {".proto", ".ts", ".mjs", ".java"}  # files whose comments begin with //
 PLACES = (
     "server",
     "client",
@@ -232,7 +233,7 @@ def passages(path: Path, name: str) -> Iterator[Passage]:
         yield from _python(name, text)
     elif path.suffix == ".md":
         yield from _page(name, text)
-    elif path.suffix == ".proto":
+    elif path.suffix in SLASHES:
         yield from _comments(name, text, "//")
     elif path.suffix in (".js", ".html", ".css", ".tpl") or "{{" in text:
         for number, line in enumerate(text.splitlines(), 1):
@@ -319,7 +320,11 @@ def files() -> Iterator[tuple[str, Path]]:
         top = ROOT / place
         for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
             name = path.relative_to(ROOT).as_posix()
-            wanted = path.suffix in SUFFIXES or place in ("Makefile", "Dockerfile") or path == top
+            wanted = (
+                path.suffix in SUFFIXES | SLASHES
+                or place in ("Makefile", "Dockerfile")
+                or path == top
+            )
             if path.is_file() and wanted and not LEFT_OUT.search(name) and "/." not in name:
                 yield name, path
 
