@@ -1,5 +1,5 @@
 # Everything that is installed stays in .venv/, node_modules/, .tools/ and .img2img/. No target needs
-# Docker or a GPU, and only image-test needs root. See CONTRIBUTING.md.
+# Docker or a GPU, and only image-test and the image of dist need root. See CONTRIBUTING.md.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -102,7 +102,7 @@ fleet: setup ## Measure how jobs are shared among workers; BASELINE=commit print
 dist: .venv/.dev .tools/helm .tools/dist/.installed ## Build and check what a release publishes, into dist/
 	$(BIN)/python -m release $(ARGS)
 
-image-test: .venv/.dev ## Build the image without Docker and run its roles (root, Debian's buildah, podman, runc)
+image-test: .venv/.dev ## Build the image without Docker and run its roles (root, Debian's buildah, podman, runc, mmdebstrap)
 	PYTHONPATH=. $(BIN)/python .ci/image_test.py $(ARGS)
 
 # Stamp files: a target installs again only after its prerequisites have changed.

@@ -1,15 +1,12 @@
 """Builds the image without a Docker engine and runs its roles: `make image-test`.
 
-Needs root, 10 GB of disk and Debian's packages buildah, podman, runc and debootstrap; without them
+Needs root, 10 GB of disk and Debian's packages buildah, podman, runc and mmdebstrap; without them
 it says so and ends with status 2. It proves the slim image; `--full` builds the other one
-too (minutes: torch) and lets a worker from it do the job, instead of one from .venv.
+too (minutes: torch) and lets a worker from it do the job, instead of one from .venv. `--archive`
+takes the slim image from a file of `make dist`.
 
-The base is what `debootstrap` makes of Debian 12 with its own Python 3.11, tagged in place of the
-public one (python:3.11-slim-bookworm, the same Debian with Python under /usr/local): the Dockerfile
-uses nothing but `python3`, its venv and CA certificates, and both bases have these. `--base-image`
-takes another one, the public one for example, where a registry can be reached.
-
-pip gets the configuration that it has here as a build secret; files that it names are mounted.
+The base is that of release/image.py. `--base-image` takes another one, the public one for example,
+where a registry can be reached.
 """
 
 from __future__ import annotations
@@ -18,13 +15,12 @@ import argparse
 import asyncio
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import aiohttp
@@ -32,13 +28,12 @@ import aiohttp
 from benchmarks.local_stack import free_port
 from img2img_client import AsyncClient
 from img2img_server.devstack import LocalServers
+from release import image
+from release.commands import ROOT, run
+from release.identity import VERSION
+from release.image import buildah
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / ".img2img" / "image"
-PUBLIC_BASE = "docker.io/library/python:3.11-slim-bookworm"
-TOOLS = ("buildah", "podman", "runc", "debootstrap")
-STORE = ["--root", str(FOLDER / "store"), "--runroot", str(FOLDER / "run")]
-PACKAGES = "ca-certificates,python3,python3-venv"
+STORE = list(map(str, image.STORE))
 FORBIDDEN = ("gcc", "cc", "g++", "make", "pip", "pip3")  # programs that no final layer may contain
 START_SECONDS = 180.0
 # Roles run as Kubernetes would run them: no privileges, a read-only root. Limits are set because
@@ -51,56 +46,10 @@ PODMAN = (
 )
 
 
-def run(*command: str) -> str:
-    """Returns the output of a command. Raises CalledProcessError."""
-    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout.strip()
-
-
-def buildah(*arguments: str) -> str:
-    return run("buildah", *STORE, *arguments)
-
-
-def make_base() -> None:
-    """Creates the base image in the store of this test if it is missing."""
-    if PUBLIC_BASE in buildah("images", "--format", "{{.Name}}:{{.Tag}}"):
-        return
-    print("making the base image with debootstrap", flush=True)
-    tree = FOLDER / "base"
-    if not (tree / "usr/bin/python3").exists():
-        shutil.rmtree(tree, ignore_errors=True)
-        run("debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", str(tree))
-    container = buildah("from", "scratch")
-    buildah("copy", "--quiet", container, str(tree), "/")
-    buildah("commit", "--quiet", "--rm", container, PUBLIC_BASE)
-
-
-@contextmanager
-def pip_configuration() -> Iterator[list[str]]:
-    """Yields the options that pass the pip configuration of this machine to the build."""
-    listed = run(sys.executable, "-m", "pip", "config", "list")
-    values = dict(re.findall(r"^(?:global|:env:)\.([\w-]+)='(.*)'$", listed, re.MULTILINE))
-    named = re.findall(r"(?:^|[\s/])(/[\w.-]+/[\w.-]+)", " ".join(values.values()))
-    folders = {path for path in named if Path(path).exists()}
-    with tempfile.NamedTemporaryFile("w", suffix=".conf") as file:
-        lines = [f"{name} = {value}" for name, value in values.items()]
-        file.write("\n".join(["[global]", *lines, ""]))
-        file.flush()
-        volumes = [f"--volume={folder}:{folder}:ro" for folder in sorted(folders)]
-        yield [f"--secret=id=pip,src={file.name}", *volumes]
-
-
 def build(target: str, base: str) -> str:
     """Builds one target; returns its tag."""
     tag, began = f"localhost/img2img-service:test-{target}", time.monotonic()
-    revision = run("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    created = run("git", "-C", str(ROOT), "log", "-1", "--format=%cI")
-    arguments = [f"--build-arg=BASE_IMAGE={base}", f"--build-arg=REVISION={revision}"]
-    arguments += [f"--build-arg=CREATED={created}", "--build-arg=UNPINNED_BASE=yes"]
-    arguments += ["--build-arg=TORCH=-c constraints.txt torch"]  # the build that this machine has
-    with pip_configuration() as configuration:
-        command = ["buildah", *STORE, "bud", "--isolation=chroot", "--layers", "--pull=never"]
-        command += [*configuration, *arguments, f"--target={target}", f"--tag={tag}", str(ROOT)]
-        subprocess.run(command, check=True)
+    image.build(target, tag, VERSION.read(ROOT), base)
     print(f"built {target} in {time.monotonic() - began:.0f} s", flush=True)
     return tag
 
@@ -120,7 +69,7 @@ def inspect(tag: str, *, torch: bool) -> None:
         site = next((tree / "opt/img2img/lib").glob("python3.*/site-packages"))
         assert (site / "torch").exists() == torch
         assert list(site.glob("img2img_service-*.dist-info/METADATA")), "an SBOM would miss us"
-        size = int(run("du", "-sxm", str(tree / "opt/img2img")).split()[0])
+        size = int(run("du", "-sxm", tree / "opt/img2img").split()[0])
         print(f"{tag}: {size} MB in /opt/img2img, torch: {torch}", flush=True)
     finally:
         buildah("umount", container)
@@ -248,17 +197,18 @@ async def own_worker(environment: dict[str, str]) -> AsyncIterator[None]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="build the image with torch, too")
-    parser.add_argument("--base-image", default=PUBLIC_BASE)
+    parser.add_argument("--base-image", default=image.BASE)
+    parser.add_argument("--archive", type=Path, help="an OCI archive with the slim image")
     chosen = parser.parse_args()
-    missing = [tool for tool in TOOLS if not shutil.which(tool)]
-    if missing or os.geteuid():
-        lacks = "root" if os.geteuid() else f"apt-get install {' '.join(missing)}"
-        print(f"image-test needs {lacks}", file=sys.stderr)
+    if reason := image.missing("podman", "runc"):
+        print(f"image-test cannot run: {reason}", file=sys.stderr)
         return 2
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    if chosen.base_image == PUBLIC_BASE:
-        make_base()
-    tags = {"slim": build("slim", chosen.base_image)}
+    if chosen.base_image == image.BASE:
+        image.make_base(new=False)
+    if chosen.archive:
+        tags = {"slim": image.pull(chosen.archive)}
+    else:
+        tags = {"slim": build("slim", chosen.base_image)}
     if chosen.full:
         tags["full"] = build("full", chosen.base_image)
     for target, tag in tags.items():

@@ -1,6 +1,6 @@
 """Builds what a release publishes and checks it: `make dist`.
 
-    python -m release [--output dist] [--skip-installs]
+    python -m release [--output dist] [--skip-installs] [--skip-image | --full]
 
 Every step that cannot run on this machine is listed as skipped at the end, with its reason.
 """
@@ -15,12 +15,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
-from release import chart, identity, python
+from release import chart, identity, image, python
 from release.commands import EPOCH, ROOT, TOOLS, ReleaseError, changed_files, run, source_epoch
 from release.notes import notes
 
 DIST: Final = ROOT / "dist"
 SUMS: Final = "SHA256SUMS"
+DIGESTS: Final = "IMAGE_DIGESTS"
 SBOM_PYTHON: Final = TOOLS / "dist" / "bin" / "python"
 
 
@@ -59,15 +60,53 @@ def write_sums(target: Path) -> None:
     (target / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
-def build(target: Path, *, with_installs: bool) -> None:
-    """Builds everything into a new folder."""
+def build_image(target: Path, version: str) -> None:
+    """Writes the image of api and gateway, and the digest of its manifest, which pushes keep."""
+    name = f"{image.REPOSITORY}-{version}-slim.oci.tar"
+    reference = f"{image.REPOSITORY}:{version}-slim"
+    image.make_base(new=True)
+    image.build("slim", f"localhost/{reference}", version)
+    digest = image.export(f"localhost/{reference}", target / name, reference)
+    image.check(image.pull(target / name), version)
+    (target / DIGESTS).write_text(f"{digest}  {reference}\n", encoding="utf-8")
+
+
+def build_worker_image(version: str) -> None:
+    """Builds the stages of the worker's image and runs its command. Its torch is that of the index
+    of this machine, so the image is not written.
+    """
+    tag = f"localhost/{image.REPOSITORY}:{version}"
+    image.make_base(new=False)
+    image.build("full", tag, version)
+    image.check(tag, version)
+
+
+def images(target: Path, version: str, steps: Steps, chosen: argparse.Namespace) -> list[str]:
+    """Builds the images that this machine can build. Returns what is skipped, with its reason."""
+    skipped = []
+    reason = "--skip-image" if chosen.skip_image else image.missing()
+    if reason:
+        skipped.append(f"the image of api and gateway: {reason}")
+    else:
+        build_image(target, version)
+        steps.done("image of api and gateway, its command run from the archive")
+    if not reason and chosen.full:
+        build_worker_image(version)
+        steps.done("stages of the worker's image, its command run")
+        reason = "its stages were built with this machine's torch, which is not that of a release"
+    skipped.append(f"the image of the worker: {reason or '--full builds its stages'}")
+    return skipped
+
+
+def build(target: Path, chosen: argparse.Namespace) -> list[str]:
+    """Builds everything into a new folder. Returns what was skipped."""
     version, epoch, steps = checked_version(), source_epoch(), Steps()
     make_empty(target)
     python.build(target, epoch)
     steps.done("source distributions and wheels")
     python.check_sources(target, epoch)
     steps.done("the source distributions build the same wheels")
-    if with_installs:
+    if not chosen.skip_installs:
         python.check_installs(target)
         steps.done("the wheels work in environments of their own")
     package = chart.build(target, epoch)
@@ -75,10 +114,12 @@ def build(target: Path, *, with_installs: bool) -> None:
     steps.done("chart package, linted and rendered")
     run(SBOM_PYTHON, "-m", "release.sbom", target, sys.executable, **{EPOCH: str(epoch)})
     steps.done("bills of materials, valid by the schema of CycloneDX")
+    skipped = images(target, version, steps, chosen)
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     (target / "NOTES.md").write_text(notes(changelog, version), encoding="utf-8")
     write_sums(target)
     steps.done(f"notes and {SUMS}")
+    return skipped + ["the wheels in empty environments: --skip-installs"] * chosen.skip_installs
 
 
 def warnings() -> list[str]:
@@ -95,15 +136,20 @@ def warnings() -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=DIST)
-    parser.add_argument("--skip-installs", action="store_true", help="try no wheel")
+    parser.add_argument("--skip-installs", action="store_true", help="install no wheel")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--skip-image", action="store_true", help="build no image")
+    which.add_argument("--full", action="store_true", help="build the worker's image, too")
     chosen = parser.parse_args()
     try:
-        build(chosen.output.absolute(), with_installs=not chosen.skip_installs)
+        skipped = build(chosen.output.absolute(), chosen)
     except ReleaseError as error:
         print(f"make dist: {error}", file=sys.stderr)
         return 1
     for path in sorted(chosen.output.iterdir()):
         print(f"{path.stat().st_size:12,}  {path.name}")
+    for each in skipped:
+        print(f"skipped: {each}")
     for warning in warnings():
         print(f"warning: not a release: {warning}")
     return 0

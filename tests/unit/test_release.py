@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from release import __main__ as main
-from release import chart, python
+from release import chart, image, python
 from release.commands import ReleaseError, source_epoch
 from release.locked import locked
 from release.notes import notes
@@ -124,3 +125,26 @@ def test_packages_of_other_platforms_are_not_read() -> None:
     assert "sys_platform == 'win32'" in text
     assert "colorama" not in locked("worker.txt")
     assert {"grpcio", "fastapi", "diffusers"} <= set(locked("worker.txt"))
+
+
+def test_the_reason_that_a_machine_builds_no_images_names_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert image.missing() == "it needs root"
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(shutil, "which", lambda tool: None if tool == "mmdebstrap" else tool)
+    assert image.missing() == "it needs mmdebstrap (Debian: apt-get install)"
+    monkeypatch.setattr(shutil, "which", lambda tool: tool)
+    assert image.missing("podman") == ""
+
+
+def test_an_image_that_is_skipped_is_named_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image, "missing", lambda: "it needs root")
+    options = argparse.Namespace(skip_image=False, full=False)
+    assert main.images(tmp_path, "0.1.0", main.Steps(), options) == [
+        "the image of api and gateway: it needs root",
+        "the image of the worker: it needs root",
+    ]
