@@ -11,7 +11,7 @@ import sys
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -30,6 +30,7 @@ from tests.readme import ROOT, Block, blocks, titled
 from tests.web_peers import every_request, serving
 
 PAGE = ROOT / "docs/cookbook.md"
+V1 = ROOT / "docs/v1-api.md"
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 WAIT_SECONDS = 60.0
 # Records the settings of a command instead of starting the service.
@@ -281,13 +282,38 @@ async def test_the_requests_of_the_quickstart_give_images(reader: Reader) -> Non
 
 
 async def test_the_commands_of_the_v1_page_create_the_same_job(reader: Reader) -> None:
-    commands = blocks(ROOT / "docs/v1-api.md", "sh")
+    commands = [each for each in blocks(V1, "sh") if "oil+painting" in each.text.replace(" ", "+")]
     assert len(commands) == 3
     specs = [json.loads(await reader.shell(each))["job"]["spec"] for each in commands]
     assert [spec["prompt"] for spec in specs] == ["an oil painting of a cat"] * 3
     assert {(spec["width"], spec["height"]) for spec in specs[1:]} == {
         (specs[1]["width"], specs[1]["height"])
     }
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+async def test_an_event_source_watches_a_job_with_the_token_that_the_v1_page_asks_for(
+    reader: Reader,
+) -> None:
+    [ask] = [each for each in blocks(V1, "sh") if ":token" in each.text]
+    [script], [shown] = blocks(V1, "js"), blocks(V1, "text")
+    create = next(each for each in blocks(V1, "sh") if "-F init_image" in each.text)
+    number = json.loads(await reader.shell(create))["job"]["id"]
+    response = json.loads(
+        await reader.shell(replace(ask, text=ask.text.replace("10000001", number)))
+    )
+    assert response.keys() == json.loads(shown.text).keys()
+    text = script.text.replace("https://img.example.com", reader.service.http_url)
+    watch = f"""([id, token]) => new Promise((resolve) => {{
+      const found = [], show = (part) => {{ found.push(part); if (part.samples) resolve(found); }};
+      {text}
+    }})"""
+    async with playwright.async_playwright() as driver:
+        chromium = await driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        async with opened(chromium, f"{reader.service.http_url}/healthz") as page:
+            *_, job = await page.evaluate(watch, [number, response["token"]])
+        await chromium.close()
+    assert (job["id"], job["state"]) == (number, "STATE_SUCCEEDED")
 
 
 async def test_the_command_of_the_compose_page_creates_an_image(reader: Reader) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import json
 import re
+import shlex
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,10 +20,12 @@ from img2img_server.compat.modelslab import sentences
 from img2img_server.compat.modelslab.errors import ErrorKind
 from img2img_server.domain.schedulers import SPELLINGS
 from img2img_server.domain.violations import Reason, Violation
+from img2img_server.engine.catalogue import read_catalogue
 from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.gateway.app import create_app
 from img2img_server.settings import CLIENT_NAMES, PREFIX, Settings
 from img2img_server.testing.memory_blobs import MemoryBlobStore
+from tests import doc_blocks
 from tests.http_stack import META_KEYS
 from tests.readme import ROOT, blocks, make_words, pages
 
@@ -206,6 +209,87 @@ async def openapi() -> dict[str, Any]:
     async with grpc.aio.insecure_channel("127.0.0.1:1") as channel:
         document: dict[str, Any] = create_app(Settings(), channel, MemoryBlobStore()).openapi()
         return document
+
+
+def test_every_code_block_is_run_by_a_test_or_says_why_not() -> None:
+    unknown = [
+        f"{page}:{block.line}: add it to TESTS in tests/doc_blocks.py, or a line above the block: "
+        "<!-- not run: REASON -->"
+        for page, block, reason in doc_blocks.every_block()
+        if not reason and not any(each.has(page, block) for each in doc_blocks.TESTS)
+    ]
+    assert unknown == []
+
+
+def test_at_most_one_in_ten_code_blocks_is_not_run() -> None:
+    found = doc_blocks.every_block()
+    not_run = [f"{page}:{block.line}: {reason}" for page, block, reason in found if reason]
+    print(f"{len(not_run)} of {len(found)} blocks are not run:", *not_run, sep="\n")
+    assert len(not_run) <= doc_blocks.MOST * len(found)
+
+
+def test_no_code_block_says_that_it_is_not_run_although_a_test_runs_it() -> None:
+    both = [
+        f"{page}:{block.line}"
+        for page, block, reason in doc_blocks.every_block()
+        if reason and any(each.has(page, block) for each in doc_blocks.TESTS)
+    ]
+    assert both == []
+
+
+@pytest.mark.parametrize("page", doc_blocks.PAGES, ids=doc_blocks.name_of)
+def test_every_mark_of_a_code_block_is_on_the_line_before_it(page: Path) -> None:
+    marks = re.findall(r"^ *<!-- not run", page.read_text(encoding="utf-8"), re.MULTILINE)
+    own = doc_blocks.name_of(page)
+    reasons = [reason for name, _, reason in doc_blocks.every_block() if name == own and reason]
+    assert len(marks) == len(reasons)
+
+
+@pytest.mark.parametrize("number", range(len(doc_blocks.TESTS)))
+def test_every_test_of_a_code_block_exists_and_its_block_too(number: int) -> None:
+    each = doc_blocks.TESTS[number]
+    path, _, name = each.test.partition("::")
+    text = (ROOT / path).read_text(encoding="utf-8")
+    assert re.search(rf"^(async )?def {name}|^{name}$", text, re.MULTILINE), each
+    assert any(each.has(page, block) for page, block, _ in doc_blocks.every_block()), each
+
+
+def test_every_docker_build_of_a_page_fits_the_dockerfile() -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    arguments = set(re.findall(r"^ARG (\w+)", dockerfile, re.MULTILINE))
+    stages = set(re.findall(r"^FROM .* AS (\S+)$", dockerfile, re.MULTILINE))
+    commands = []
+    for page in doc_blocks.PAGES:
+        for block in blocks(page, "sh"):
+            lines = block.text.replace("\\\n", " ").splitlines()
+            commands += [line for line in lines if re.match(r"docker (buildx )?build ", line)]
+    assert len(commands) >= 4
+    for command in commands:
+        words = shlex.split(command)
+        used = [words[at + 1] for at, word in enumerate(words) if word == "--build-arg"]
+        assert {word.split("=")[0] for word in used} <= arguments, command
+        assert {words[at + 1] for at, word in enumerate(words) if word == "--target"} <= stages
+        assert words[-1] == "."
+
+
+def test_the_webhook_of_the_v1_page_has_the_form_of_the_document() -> None:
+    [block] = blocks(ROOT / "docs/v1-api.md", "http")
+    head, _, content = block.text.partition("\n\n")
+    names = {line.partition(": ")[0] for line in head.splitlines()[1:]}
+    assert names == {"Content-Type", "webhook-id", "webhook-timestamp", "webhook-signature"}
+    document = asyncio.run(openapi())
+    schema = document["webhooks"]["jobEnded"]["post"]["requestBody"]["content"]["application/json"]
+    refs = re.findall(r"#/components/schemas/(\w+)", json.dumps(schema))
+    types = [document["components"]["schemas"][name]["properties"].keys() for name in refs]
+    assert any(json.loads(content).keys() <= fields for fields in types)
+
+
+def test_the_catalogue_of_the_page_about_models_is_a_valid_one(tmp_path: Path) -> None:
+    [block] = blocks(ROOT / "docs/models.md", "toml")
+    file = tmp_path / "models.toml"
+    file.write_text(block.text, encoding="utf-8")
+    found = read_catalogue(Settings(models_file=file))
+    assert [model.name for model in found] == ["photo", "acme/fast"]
 
 
 def test_the_page_about_models_lists_every_scheduler_with_its_spellings() -> None:
