@@ -250,7 +250,7 @@ def test_every_test_of_a_code_block_exists_and_its_block_too(number: int) -> Non
     each = doc_blocks.TESTS[number]
     path, _, name = each.test.partition("::")
     text = (ROOT / path).read_text(encoding="utf-8")
-    assert re.search(rf"^(async )?def {name}|^{name}$", text, re.MULTILINE), each
+    assert re.search(rf"^(async )?def {name}|^{name}\b", text, re.MULTILINE), each
     assert any(each.has(page, block) for page, block, _ in doc_blocks.every_block()), each
 
 
