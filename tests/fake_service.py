@@ -287,13 +287,16 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
 
 @contextmanager
 def serving(
-    service: FakeService, port: int = 0, credentials: grpc.ServerCredentials | None = None
+    service: FakeService,
+    port: int = 0,
+    credentials: grpc.ServerCredentials | None = None,
+    host: str = "127.0.0.1",
 ) -> Iterator[int]:
     """Yields a service on a loopback port. At the end all calls end at once."""
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=8))
     service_pb2_grpc.add_Img2ImgServiceServicer_to_server(service, server)
     admin_service_pb2_grpc.add_AdminServiceServicer_to_server(FakeAdmin(service.note), server)
-    address = f"127.0.0.1:{port}"
+    address = f"{host}:{port}"
     if credentials:
         bound = server.add_secure_port(address, credentials)
     else:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
-import re
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +13,14 @@ import grpc
 
 from img2img_client.errors import InvalidArgumentError, Violation, invalid, invalid_type
 from img2img_client.requests import MAX_MESSAGE_BYTES
+from img2img_client.targets import Target, parse
 
 SERVER_VARIABLE = "IMG2IMG_SERVER"
 KEY_VARIABLE = "IMG2IMG_API_KEY"
 GRPC_ROOTS_VARIABLE = "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"
 DEFAULT_SERVER = "127.0.0.1:50051"
-DEFAULT_PORT = 50051
-# the schemes of gRPC targets
-SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
 
-# Spreads the calls over all replicas behind a host name.
+# Spreads the calls over all replicas behind a host name or in a list of addresses.
 SERVICE_CONFIG = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
 CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -42,6 +38,9 @@ CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.max_reconnect_backoff_ms", 2_000),
     # This also bounds one attempt to connect. The default, 20 s, exceeds `Retry.connect_seconds`.
     ("grpc.min_reconnect_backoff_ms", 5_000),
+    # After a lost connection, ask DNS again soon: all replicas may have new addresses. gRPC waits
+    # for 30 s, in which calls would fail.
+    ("grpc.dns_min_time_between_resolutions_ms", 1_000),
     ("grpc.service_config", SERVICE_CONFIG),
 )
 
@@ -50,15 +49,17 @@ CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
 class Endpoint:
     """The service's address and how to authenticate there.
 
-    `server`: "host:port", "host" (port 50051), or a target that gRPC knows, such as
-    "dns:///name:port" or "unix:/path"; None: the caller gave a channel. `root_certificates`: PEM
-    that turns TLS on.
+    `server`: "host:port", "host" (port 50051), several addresses such as
+    "ipv4:10.0.0.7:50051,10.0.0.8:50051", or a target that gRPC knows, such as "dns:///name:port" or
+    "unix:/path"; None: the caller gave a channel. `root_certificates`: PEM that turns TLS on.
+    `tls_name`: the name in the certificate, if it is not the host.
     """
 
     server: str | None
     api_key: str | None = None
     tls: bool = False
     root_certificates: bytes | None = None
+    tls_name: str | None = None
 
     def __post_init__(self) -> None:
         """Raises InvalidArgumentError if a value can never work."""
@@ -68,19 +69,26 @@ class Endpoint:
             object.__setattr__(self, "api_key", clean_key(self.api_key))
         if self.root_certificates is not None:
             check_certificates(self.root_certificates, "root_certificates")
+        self._check_tls_name()
 
     def _check_server(self, server: str) -> None:
         if not isinstance(server, str):
             raise invalid_type("server", "a str", server)
         object.__setattr__(self, "server", server.strip())
-        host, port = self.host_and_port or ("", 0)
-        is_pair = bool(host) and not re.search(r"\s", host) and 0 < port < 65536
-        if server.startswith(("http://", "https://")):
-            text = f"server must be host:port without http://, not {server!r}"
-            raise invalid("server", "INVALID_FORMAT", text)
-        if not is_pair and not self.target.startswith(SCHEMES):
-            text = f"server must be host:port with a port from 1 to 65535, not {server!r}"
-            raise invalid("server", "INVALID_FORMAT", text)
+        parse(server)
+
+    def _check_tls_name(self) -> None:
+        if self.tls_name is not None and not isinstance(self.tls_name, str):
+            raise invalid_type("tls_name", "a str", self.tls_name)
+        if self.tls_name and not self.uses_tls:
+            text = "tls_name is set without TLS: set tls or root_certificates too"
+            raise invalid("tls_name", "NOT_SUPPORTED", text)
+        if self.uses_tls and not self.tls_name and len(self.addresses) > 1:
+            text = (
+                "tls_name is missing: the certificates of several addresses are checked for one "
+                "name, so set the name that all of them contain"
+            )
+            raise invalid("tls_name", "REQUIRED", text)
 
     @classmethod
     def choose(
@@ -89,6 +97,7 @@ class Endpoint:
         api_key: str | None = None,
         tls: bool = False,
         root_certificates: bytes | None = None,
+        tls_name: str | None = None,
     ) -> Self:
         """Returns the endpoint of a client; omitted values come from the environment.
 
@@ -97,7 +106,7 @@ class Endpoint:
         """
         if server is None:
             server = os.environ.get(SERVER_VARIABLE) or DEFAULT_SERVER
-        return cls(server, _key_or_default(api_key), tls, root_certificates)
+        return cls(server, _key_or_default(api_key), tls, root_certificates, tls_name)
 
     @classmethod
     def of_channel(cls, api_key: str | None, **others: object) -> Self:
@@ -116,13 +125,11 @@ class Endpoint:
     @property
     def target(self) -> str:
         """The address with its port; empty when the caller gave a channel."""
-        server = self.server or ""
-        if not server or "/" in server or server.startswith(SCHEMES):
-            return server
-        bare_v6 = server.count(":") > 1 and not server.startswith("[")
-        host = f"[{server}]" if bare_v6 else server
-        has_port = ":" in host.rpartition("]")[2]
-        return host if has_port else f"{host}:{DEFAULT_PORT}"
+        return self._target.text
+
+    @property
+    def _target(self) -> Target:
+        return parse(self.server) if self.server else Target("")
 
     @property
     def description(self) -> str:
@@ -130,21 +137,14 @@ class Endpoint:
         return f"the service at {self.target}" if self.target else "the service"
 
     @property
-    def host_and_port(self) -> tuple[str, int] | None:
-        """The host and port of the target; None if the target has another form."""
-        match = re.fullmatch(
-            r"(?:dns:(?://[^/]*/)?)?(?:\[([^\]]*)\]|([^/\[\]:]*)):(\d{1,9})", self.target
-        )
-        return (match[1] or match[2] or "", int(match[3])) if match else None
+    def addresses(self) -> tuple[tuple[str, int], ...]:
+        """The host and port of each address of the target; empty if it has another form."""
+        return self._target.addresses
 
     @property
     def is_loopback(self) -> bool:
         """Whether the service runs on this machine."""
-        host = self.target.rpartition(":")[0].strip("[]")
-        try:
-            return ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            return host == "localhost" or self.target.startswith("unix:")
+        return self._target.is_loopback
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -175,8 +175,13 @@ class Endpoint:
 
     @property
     def options(self) -> list[tuple[str, Any]]:
-        """Channel options. A loopback connection bypasses the proxy of the environment."""
-        return [*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0 if self.is_loopback else 1)]
+        """Channel options. Loopback connections bypass the proxy of the environment, and so do
+        several addresses, which gRPC would pass to a proxy as one name."""
+        is_direct = self.is_loopback or len(self.addresses) > 1
+        own: list[tuple[str, Any]] = [("grpc.enable_http_proxy", 0 if is_direct else 1)]
+        if self.tls_name:
+            own.append(("grpc.ssl_target_name_override", self.tls_name))
+        return [*CHANNEL_OPTIONS, *own]
 
 
 def _key_or_default(api_key: str | None) -> str | None:

@@ -65,13 +65,14 @@ class _Client(Generic[ChannelT, InterceptorT]):
         api_key: str | None = None,
         tls: bool = False,
         root_certificates: bytes | None = None,
+        tls_name: str | None = None,
         retry: Retry | None = None,
         call_seconds: float = 60.0,
         channel: ChannelT | None = None,
         interceptors: Sequence[InterceptorT] = (),
     ) -> None:
         if channel is None:
-            self.endpoint = Endpoint.choose(server, api_key, tls, root_certificates)
+            self.endpoint = Endpoint.choose(server, api_key, tls, root_certificates, tls_name)
         else:
             if not isinstance(channel, self._channel_class):
                 is_async = issubclass(self._channel_class, grpc.aio.Channel)
@@ -82,6 +83,7 @@ class _Client(Generic[ChannelT, InterceptorT]):
                 server=server,
                 tls=tls,
                 root_certificates=root_certificates,
+                tls_name=tls_name,
                 interceptors=interceptors,
             )
         requests.check_seconds("call_seconds", call_seconds)
@@ -195,11 +197,13 @@ class Client(_Client[grpc.Channel, "Interceptor"], Blocking):
         api_key: the tenant's key. Default: IMG2IMG_API_KEY. Surrounding white space is removed.
         tls: encrypt, and check the server against the system's certificate authorities.
         root_certificates: PEM of the authorities to trust instead; turns TLS on.
+        tls_name: the name in the certificate, if it is not the host of `server`. Required with
+            several addresses.
         retry: how long to retry.
         call_seconds: timeout of a single call, streams excepted.
-        channel: a channel of yours, instead of server, tls, root_certificates and interceptors. The
-            client does not close it. Open it with `CHANNEL_OPTIONS`: gRPC's default limit of 4 MB a
-            message is too small for images.
+        channel: a channel of yours, instead of server, tls, root_certificates, tls_name and
+            interceptors. The client does not close it. Open it with `CHANNEL_OPTIONS`: gRPC's
+            default limit of 4 MB a message is too small for images.
         interceptors: gRPC client interceptors for the channel that the client opens.
 
     Raises:

@@ -30,6 +30,7 @@ PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 GRPC_ROOTS = "_cython/_credentials/roots.pem"
 # OpenSSL's codes of certificate errors, and its reasons for bytes that are not TLS.
 NOT_YET_VALID, EXPIRED, WRONG_HOST, WRONG_ADDRESS = 9, 10, 62, 64
+OTHER_NAME = "use a name of the certificate as server, or set it as tls_name (--tls-name)"
 NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG")
 
 
@@ -88,11 +89,10 @@ async def explain_async(error: errors.RpcError, endpoint: Endpoint) -> errors.Rp
 
 def probe(endpoint: Endpoint, seconds: float = PROBE_SECONDS) -> Finding:
     """Connects to the endpoint as a call would, and returns the result within `seconds`."""
-    address = endpoint.host_and_port
-    if address is None:
+    if not endpoint.addresses:
         # The caller gave a channel, a unix socket, or a scheme that only gRPC knows.
         return WORKS
-    probing = _Probe(endpoint, *address, deadline=time.monotonic() + seconds)
+    probing = _Probe(endpoint, deadline=time.monotonic() + seconds)
     # Resolving a name cannot be interrupted, so it runs in a thread that may outlive this function.
     thread = threading.Thread(target=probing.run, name="img2img-probe", daemon=True)
     thread.start()
@@ -103,11 +103,13 @@ def probe(endpoint: Endpoint, seconds: float = PROBE_SECONDS) -> Finding:
 class _Probe:
     """One probe of one endpoint. `found` is the result so far."""
 
-    def __init__(self, endpoint: Endpoint, host: str, port: int, *, deadline: float) -> None:
+    def __init__(self, endpoint: Endpoint, *, deadline: float) -> None:
         self._endpoint = endpoint
-        self._host, self._port = host, port
+        self._host, self._port = endpoint.addresses[0]
         self._deadline = deadline
-        self.found = Finding(Cause.HOST_NOT_FOUND, f"the host name {host} is not resolved in time")
+        self.found = Finding(
+            Cause.HOST_NOT_FOUND, f"the host name {self._host} is not resolved in time"
+        )
 
     def run(self) -> None:
         """Sets `found`; raises nothing, so that gRPC's own error is never hidden."""
@@ -119,14 +121,17 @@ class _Probe:
             self.found = Finding(Cause.UNKNOWN, f"the connection fails: {error}")
 
     def _probe_host(self) -> Finding:
-        try:
-            found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            text = f"the host name {self._host} cannot be resolved: {_text(error)}"
-            return Finding(Cause.HOST_NOT_FOUND, text)
+        addresses: list[tuple[str, int, str]] = []
+        for host, port in self._endpoint.addresses:
+            try:
+                found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            except (OSError, UnicodeError) as error:
+                text = f"the host name {host} cannot be resolved: {_text(error)}"
+                return Finding(Cause.HOST_NOT_FOUND, text)
+            addresses += dict.fromkeys((host, port, str(address[0])) for *_, address in found)
         failures: list[OSError] = []
-        addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
-        for number, ip in enumerate(addresses):
+        for number, (host, port, ip) in enumerate(addresses):
+            self._host, self._port = host, port
             self.found = CONNECT_TIMEOUT
             try:
                 self._connect(ip, share=len(addresses) - number).close()
@@ -150,7 +155,7 @@ class _Probe:
         try:
             with (
                 self._connect(ip) as plain,
-                context.wrap_socket(plain, server_hostname=self._host) as connection,
+                context.wrap_socket(plain, server_hostname=self._name) as connection,
             ):
                 if connection.selected_alpn_protocol() != "h2":
                     text = "it speaks TLS but not HTTP/2, which gRPC needs: is the port right?"
@@ -178,10 +183,15 @@ class _Probe:
         remedy = {
             NOT_YET_VALID: "check the clocks of this machine and of the server",
             EXPIRED: "the server needs a new one",
-            WRONG_HOST: "use a name of the certificate as server",
-            WRONG_ADDRESS: "use a name of the certificate as server",
+            WRONG_HOST: OTHER_NAME,
+            WRONG_ADDRESS: OTHER_NAME,
         }.get(error.verify_code, "pass its authority as root_certificates (--ca-file)")
         return f"the certificate of {self._host} is {problem}: {message}; {remedy}"
+
+    @property
+    def _name(self) -> str:
+        """The name that the certificate must contain."""
+        return self._endpoint.tls_name or self._host
 
     def _probe_plain(self, ip: str) -> Finding:
         first = self._first_bytes(ip)
@@ -259,10 +269,10 @@ def _trusted(endpoint: Endpoint) -> str:
 
 def _proxy(endpoint: Endpoint) -> str:
     """Returns the variable that makes gRPC use a proxy for this endpoint; empty: no proxy."""
-    address = endpoint.host_and_port
-    if endpoint.is_loopback or address is None:
+    if endpoint.is_loopback or len(endpoint.addresses) != 1:
         return ""
+    [(host, _)] = endpoint.addresses
     exempt = next(filter(None, map(os.environ.get, ("no_grpc_proxy", "no_proxy"))), "")
-    if any(address[0].endswith(end) for end in exempt.replace(",", " ").split()):
+    if any(host.endswith(end) for end in exempt.replace(",", " ").split()):
         return ""
     return next((name for name in PROXY_VARIABLES if os.environ.get(name)), "")

@@ -337,7 +337,12 @@ def test_omitted_server_and_key_come_from_the_environment(
 
 
 @pytest.mark.parametrize(
-    "server", ["", ":50051", "host:", "host:port", "host:0", "host:65536", "two words:1", "[::1"]
+    "server",
+    [
+        *("", ":50051", "host:", "host:port", "host:0", "host:65536", "two words:1", "[::1"),
+        *("a:1,b:2", "10.0.0.7:1,10.0.0.8:2", "ipv4:", "ipv4:host:1", "ipv4:10.0.0.7:1,"),
+        *("ipv4:[::1]:1", "ipv6:10.0.0.7:1", "dns:///", "dns:///a:1,b:2", "dns:///a:0"),
+    ],
 )
 def test_an_invalid_server_is_rejected(server: str) -> None:
     with pytest.raises(api.InvalidArgumentError) as caught:

@@ -84,10 +84,11 @@ def command(function: F) -> F:
         api_key: str | None,
         tls: bool,
         ca_file: Path | None,
+        tls_name: str | None,
         as_json: bool,
         **parameters: Any,
     ) -> None:
-        session = Session(_client(server, api_key, tls, ca_file), as_json)
+        session = Session(_client(server, api_key, tls, ca_file, tls_name), as_json)
         try:
             with session.client:
                 function(session, **parameters)
@@ -132,6 +133,11 @@ def command(function: F) -> F:
             help="Encrypt the connection and trust the certificate authorities of this PEM file.",
         ),
         click.option(
+            "--tls-name",
+            metavar="NAME",
+            help="The name in the certificate, if it is not the host of --server.",
+        ),
+        click.option(
             "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."
         ),
     )
@@ -141,7 +147,9 @@ def command(function: F) -> F:
     return decorated  # type: ignore[no-any-return]
 
 
-def _client(server: str, api_key: str | None, tls: bool, ca_file: Path | None) -> Client:
+def _client(
+    server: str, api_key: str | None, tls: bool, ca_file: Path | None, tls_name: str | None
+) -> Client:
     """Returns the client for the options. Raises click.UsageError."""
     root_certificates = None
     hint = "--ca-file"
@@ -152,7 +160,12 @@ def _client(server: str, api_key: str | None, tls: bool, ca_file: Path | None) -
         hint = ""
         key = api_key or _default_key(server)
         return Client(
-            server, api_key=key, tls=tls, root_certificates=root_certificates, retry=RETRY
+            server,
+            api_key=key,
+            tls=tls,
+            root_certificates=root_certificates,
+            tls_name=tls_name,
+            retry=RETRY,
         )
     except OSError as error:
         text = f"cannot read {ca_file}: {error.strerror}"
