@@ -130,7 +130,7 @@ def test_each_damage_is_named(folder: Path, written: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
     index["unet"] = ["my_code", "MyUNet"]
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
-    expect("names my_code.MyUNet for unet, .*code that comes with a model is not run")
+    expect("names my_code.MyUNet for unet, .*Code that comes with a model is not run")
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:

@@ -655,7 +655,7 @@ def test_a_link_that_leads_nowhere_is_reported(give: Callable[..., None], tmp_pa
     link.symlink_to(tmp_path / "none")
     give(model=link, compile_cache_dir=link, lora_dir=link)
     assert refused("worker") == [
-        f"IMG2IMG_MODEL: {link} is a link to {tmp_path}/none, which does not exist",
+        f"IMG2IMG_MODEL: {link} is a link to {tmp_path}/none, which does not exist: correct the link",
         f"IMG2IMG_LORA_DIR: folder {link} cannot be read: No such file or directory",
         f"IMG2IMG_COMPILE_CACHE_DIR: folder {link} is not writable: No such file or directory",
     ]
@@ -666,14 +666,15 @@ def test_a_link_that_leads_nowhere_is_reported(give: Callable[..., None], tmp_pa
     [
         ("dreamy.safetensors", "is empty: fetch the file again"),
         ("dreamy.ckpt", "is a pickle, which can run code"),
-        ("photo.png", "is no model: a model is a directory"),
+        ("photo.png", "is empty: fetch the file again"),
+        ("notes.txt", "is no model: a model is a directory"),
     ],
-    ids=["empty", "pickle", "image"],
+    ids=["empty", "pickle", "image", "text"],
 )
 def test_a_file_that_is_no_checkpoint_is_reported(
     name: str, fault: str, give: Callable[..., None], tmp_path: Path
 ) -> None:
-    (tmp_path / name).write_bytes(b"")
+    (tmp_path / name).write_text("notes" if name == "notes.txt" else "")
     give(model=tmp_path / name)
     assert fault in "".join(refused("worker"))
 

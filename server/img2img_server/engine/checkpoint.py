@@ -37,6 +37,11 @@ _SD_BETAS: Final[Mapping[str, Any]] = {
 }
 _HEAD_WIDTH: Final = 64
 _AUTOENCODER: Final = re.compile(r"(first_stage_model\.|vae\.)?(encoder\.|decoder\.|.*quant_conv)")
+# CLIP, T5 and language models in the layout of transformers
+_TEXT_ENCODER: Final = re.compile(
+    r"(text_model|encoder\.block|encoder\.final_layer_norm|shared|model\.(layers|embed_tokens|norm))\."
+    r"|logit_scale$|text_projection|encoder\.embed_tokens\."
+)
 _ORIGINAL_TURBO: Final = re.compile(r"sd[_-]?(xl[_-])?turbo")
 
 
@@ -91,6 +96,7 @@ def describe_unet(shapes: Shapes, hints: Hints, place: str) -> Checkpoint:
         ModelError: The file is no checkpoint that can be served, or has tensors that would be
             ignored.
     """
+    check_scaled(shapes, place)
     if f"{UNET}input_blocks.0.0.weight" not in shapes:
         raise ModelError(f"{place} {_other_kind(shapes)}")
     if "edm_mean" in shapes:
@@ -118,19 +124,31 @@ def check_known(shapes: Shapes, found: Checkpoint, place: str) -> None:
         )
 
 
+def check_scaled(shapes: Shapes, place: str) -> None:
+    """Raises ModelError for weights in 8 bits with a factor each, in ComfyUI's form."""
+    scaled = [name for name in shapes if name.endswith(("scaled_fp8", ".scale_weight"))]
+    if scaled:
+        raise ModelError(
+            f"{place} has weights in 8 bits with factors ({scaled[0]}), which are not "
+            "read: use the file in fp16 or bf16, and IMG2IMG_QUANTIZATION for 8 bits in memory"
+        )
+
+
 def _other_kind(shapes: Shapes) -> str:
     """Returns what a file is that is no checkpoint of a known layout."""
     if any("lora" in name.lower() for name in shapes):
         return "is a LoRA, not a model: put it into IMG2IMG_LORA_DIR"
     if any(name.startswith(("control_model.", "controlnet_")) for name in shapes):
-        return "is a ControlNet, which is not served"
+        return "is a ControlNet, which is not served: name the model that it belongs to"
     if all(
         re.match(r"(first_stage_model\.|vae\.)?(encoder|decoder)\.|.*quant_conv", it)
         for it in shapes
     ):
-        return "holds an autoencoder only, not a model"
+        return "holds an autoencoder only: name a model, which holds one, too"
     if any(name.startswith(("emb_params", "string_to_param", "clip_l")) for name in shapes):
-        return "is a textual inversion embedding, not a model"
+        return "is a textual inversion embedding, not a model: put it into IMG2IMG_EMBEDDINGS_DIR"
+    if all(_TEXT_ENCODER.match(name) for name in shapes):
+        return "holds a text encoder only: name a model, which holds one, too"
     return (
         "is no checkpoint of a layout that is known here, by its tensors "
         f"{first_names(shapes)}: use a directory in diffusers' layout"

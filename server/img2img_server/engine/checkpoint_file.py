@@ -16,6 +16,7 @@ from img2img_server.engine.checkpoint_flow import describe_flow
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.weight_files import (
     PICKLES,
+    check_kind,
     read_header,
     read_metadata,
     refuse_pickle,
@@ -43,6 +44,7 @@ def read_checkpoint(path: Path, *, allow_pickles: bool = False) -> Checkpoint:
             "base model with IMG2IMG_MODEL"
         )
     else:
+        check_kind(path)
         raise ModelError(
             f"{path} is no model: a model is a directory in diffusers' layout or a file with the "
             "suffix .safetensors"

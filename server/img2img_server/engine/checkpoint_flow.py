@@ -16,6 +16,7 @@ from img2img_server.engine.checkpoint import (
     Hints,
     Shapes,
     autoencoder,
+    check_scaled,
     count,
 )
 from img2img_server.engine.family import ModelError, ModelFiles
@@ -43,6 +44,7 @@ def describe_flow(shapes: Shapes, hints: Hints, place: str) -> Checkpoint | None
     Raises:
         ModelError: The file holds text encoders, which are not read from it.
     """
+    check_scaled(shapes, place)
     for prefix in _PREFIXES:
         own = {
             name.removeprefix(prefix): shape

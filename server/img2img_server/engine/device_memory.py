@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,15 @@ def _value(read: Callable[[], dict[str, int]], state: str) -> float:
         return float(read()[state])
     except (RuntimeError, OSError, KeyError, ValueError):
         return math.nan
+
+
+def peak_memory(device: torch.device) -> int:
+    """Returns the most bytes that this process had in use so far: on a GPU, those that torch has
+    reserved; otherwise, those of the whole process.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _of_gpu(device: torch.device) -> dict[str, int]:

@@ -176,6 +176,11 @@ class ModelFamily(Protocol):
         ...
 
 
+def access_cure(error: OSError) -> str:
+    """Returns the end of a sentence about a file that must not be read, or ""."""
+    return ": correct its permissions" if isinstance(error, PermissionError) else ""
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; an absent file is an empty one.
 
@@ -189,9 +194,10 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         is_damaged = isinstance(error.__cause__, UnicodeDecodeError)
         kind = ModelError if is_damaged else ModelAccessError
-        raise kind(f"{path} cannot be read: {error.strerror}") from error
+        cure = ": fetch the file again" if is_damaged else access_cure(error)
+        raise kind(f"{path} cannot be read: {error.strerror}{cure}") from error
     except ValueError as error:
-        raise ModelError(f"{path} is no JSON: {error}") from error
+        raise ModelError(f"{path} is no JSON: {error}: fetch the file again") from error
     if not isinstance(found, dict):
-        raise ModelError(f"{path} is no JSON object")
+        raise ModelError(f"{path} is no JSON object: fetch the file again")
     return found

@@ -40,7 +40,7 @@ from img2img_server.domain.strength import StrengthRule
 from img2img_server.engine.checkpoint_file import read_checkpoint, toml_of
 from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS
-from img2img_server.engine.family import ModelError, ModelFamily, ModelFiles
+from img2img_server.engine.family import ModelError, ModelFamily, ModelFiles, read_json
 from img2img_server.engine.weight_files import PICKLES, refuse_pickle
 from img2img_server.setting_files import read_text
 
@@ -224,7 +224,9 @@ def read_model_spec(
         if folder.exists():
             raise ModelError(f"{folder} is no directory and no file")
         if folder.is_symlink():
-            raise ModelError(f"{folder} is a link to {folder.readlink()}, which does not exist")
+            raise ModelError(
+                f"{folder} is a link to {folder.readlink()}, which does not exist: correct the link"
+            )
         hub_id = HubId.parse(source)
         if hub_id is None:
             raise ModelError(f"there is no model at {source or folder}")
@@ -233,9 +235,35 @@ def read_model_spec(
         toml = defaults.over(_read_toml(found.path / "img2img.toml"))
         return _spec(source, hub_id.name, toml, found.files)
     if not (folder / "model_index.json").is_file():
-        raise ModelError(f"{folder} is no diffusers model: it has no model_index.json")
+        raise ModelError(
+            f"{folder} is no diffusers model: it has no model_index.json{_hint(folder)}"
+        )
     toml = defaults.over(_read_toml(folder / "img2img.toml"))
     return _spec(str(folder), folder.resolve().name, toml, ModelFiles.read(folder))
+
+
+def _hint(folder: Path) -> str:
+    """Returns what to name in place of a folder that is no model, as the end of a sentence."""
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        return f" that can be read ({error.strerror}): correct its permissions"
+    if not names:
+        return ": it is empty, so fetch the model into it"
+    models = [name for name in names if (folder / name / "model_index.json").is_file()]
+    if models:
+        return f", but its subfolder {models[0]} has one: name {folder / models[0]}"
+    if (folder.parent / "model_index.json").is_file():
+        return f": it is a part of a model: name {folder.parent}"
+    if "pytorch_lora_weights.safetensors" in names:
+        return ": it holds a LoRA, whose file belongs into IMG2IMG_LORA_DIR"
+    if "config.json" in names:
+        kind = read_json(folder / "config.json").get("_class_name") or "one network"
+        return f": it holds {kind} only: name a folder with all parts of a model"
+    files = [name for name in names if name.endswith(".safetensors")]
+    if files:
+        return f": to serve a single file, name it, for example {folder / files[0]}"
+    return ": name the folder that has this file, or fetch the model again"
 
 
 def _single_file(path: Path, found: FoundModel | None, defaults: ModelDefaults) -> ModelSpec:

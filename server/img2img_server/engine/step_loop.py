@@ -167,8 +167,11 @@ class StepLoop:
         timesteps = torch.full((forwards,), 500.0, device=denoiser.device)
         for batch in batches * denoiser.warm_up_calls:
             with self._memory.measured(height, width, forwards):
-                denoiser.denoise(rows, timesteps, batch)
-        denoiser.decode(latents)
+                outputs = denoiser.denoise(rows, timesteps, batch)
+        if not all(bool(torch.isfinite(output).all()) for output in outputs):
+            raise EngineError("the output of its denoiser has values that are not finite")
+        for image in denoiser.decode(latents):
+            image.pixels()  # It raises for values that are not finite.
         denoiser.preview(latents[:1])
 
     def begin(self, job: EngineJob, sink: Sink) -> None:

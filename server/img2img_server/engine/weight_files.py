@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from img2img_server.engine.family import ModelAccessError, ModelError, read_json
+from img2img_server.engine.family import ModelAccessError, ModelError, access_cure, read_json
 
 # Names of weight files in the layouts of diffusers and of transformers. A variant, which names a
 # precision, is written before or after the number of a shard.
@@ -28,6 +28,15 @@ _LAST_VARIANTS: Final = ("ema", "non_ema")
 _MAX_HEADER_BYTES: Final = 100_000_000  # the limit of the safetensors library
 PICKLES: Final = (".ckpt", ".bin", ".pt", ".pth")
 AGAIN: Final = "fetch the file again"
+# zip, gzip, xz, 7z, rar and zstd
+_ARCHIVES: Final = (
+    b"PK\x03\x04",
+    b"\x1f\x8b",
+    b"\xfd7zXZ",
+    b"7z\xbc\xaf",
+    b"Rar!",
+    b"\x28\xb5\x2f\xfd",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +198,9 @@ def read_header(path: Path) -> Mapping[str, TensorEntry]:
             for name, entry in entries.items()
         }
     except OSError as error:
-        raise ModelAccessError(f"{path} cannot be read: {error.strerror}") from error
+        raise ModelAccessError(
+            f"{path} cannot be read: {error.strerror}{access_cure(error)}"
+        ) from error
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ModelError(
             f"{path} is not a safetensors file: its header is damaged: {AGAIN}"
@@ -211,12 +222,24 @@ def read_metadata(path: Path) -> Mapping[str, str]:
     return found if isinstance(found, dict) else {}
 
 
+def check_kind(path: Path) -> None:
+    """Raises ModelError for a file that is no weights by its first bytes, such as a web page."""
+    _check_kind(path, _head(path))
+
+
 def _head(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             return file.read(256)
     except OSError as error:
-        raise ModelAccessError(f"{path} cannot be read: {error.strerror}") from error
+        if path.is_symlink() and not path.exists():
+            raise ModelError(
+                f"{path} is a link to {path.readlink()}, which cannot be read "
+                f"({error.strerror}): correct the link, or {AGAIN}"
+            ) from error
+        raise ModelAccessError(
+            f"{path} cannot be read: {error.strerror}{access_cure(error)}"
+        ) from error
 
 
 def _check_kind(path: Path, head: bytes) -> None:
@@ -231,7 +254,12 @@ def _check_kind(path: Path, head: bytes) -> None:
     text = head.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise ModelError(f"{path} is an HTML or XML page instead of the weights: {AGAIN}")
-    if path.suffix == ".safetensors" and head.startswith((b"PK\x03\x04", b"\x80\x02")):
+    is_archive = head.startswith(_ARCHIVES)
+    # torch writes pickles into a zip archive.
+    is_pickle = head.startswith(b"\x80\x02") or (is_archive and b"data.pkl" in head)
+    if path.suffix == ".safetensors" and is_pickle:
         raise ModelError(
             f"{path} is a pickle with the name of a safetensors file: use a .safetensors file"
         )
+    if is_archive and not is_pickle:
+        raise ModelError(f"{path} is an archive: unpack it, and name the model that it holds")

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from img2img_server.engine.catalogue import read_catalogue
+from img2img_server.engine.family import ModelError
 from img2img_server.engine.options import EngineOptions, limit_spinning, sizes
-from img2img_server.engine.tensor_names import IGNORED
+from img2img_server.engine.tensor_names import IGNORED, first_names
 from img2img_server.exit_reason import reasons_of
 from img2img_server.settings import Settings
 from img2img_server.worker.server import explain_load_error
@@ -29,6 +30,8 @@ class Report:
         notes: Files and settings that are ignored or replaced.
         parts: The parts of the model with their memory in bytes.
         sizes: The announced sizes, WIDTHxHEIGHT, with the seconds of their first step.
+        peaks: The most memory in bytes that the process (on a GPU: torch) had up to the end of the
+            step, weights included, by size.
     """
 
     model: str = ""
@@ -45,6 +48,7 @@ class Report:
     embeddings: list[str] = field(default_factory=list)
     parts: list[dict[str, Any]] = field(default_factory=list)
     sizes: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
     load_seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -74,7 +78,8 @@ class Report:
             if self.embeddings:
                 yield f"embeddings: {', '.join(self.embeddings)}"
             for size, seconds in self.sizes.items():
-                yield f"  {size}: runs, {seconds:.1f} s with one step"
+                peak = f"{self.peaks[size] / 2**20:.0f} MiB"
+                yield f"  {size}: runs, {seconds:.1f} s with one step, at most {peak} in use"
         yield from (f"note: {note}" for note in self.notes)
         yield from (f"problem: {problem}" for problem in self.problems)
         yield "a worker would start" if self.is_fine else "a worker would not start"
@@ -131,6 +136,7 @@ def _report(settings: Settings) -> Report:
 
 
 def _examine(options: EngineOptions, report: Report) -> None:
+    from img2img_server.engine.device_memory import peak_memory
     from img2img_server.engine.load import load_denoiser, start_engine, warm_up
     from img2img_server.engine.memory import probe_of
 
@@ -156,8 +162,18 @@ def _examine(options: EngineOptions, report: Report) -> None:
     try:
         for height, width in sizes(options.warm_up_sizes):
             began = time.monotonic()
-            warm_up(engine, spec, f"{width}x{height}")
-            report.sizes[f"{width}x{height}"] = time.monotonic() - began
+            size = f"{width}x{height}"
+            try:
+                warm_up(engine, spec, size)
+            except ModelError as error:
+                if broken := denoiser.weights_not_finite():
+                    raise ModelError(
+                        f"{spec.source} has weights that are not finite ({first_names(broken)}): "
+                        "fetch the files again"
+                    ) from error
+                raise
+            report.sizes[size] = time.monotonic() - began
+            report.peaks[size] = peak_memory(denoiser.device)
     finally:
         engine.stop()
 

@@ -251,6 +251,15 @@ class DiffusersDenoiser:
         """The parts of the model and the memory of each."""
         return placed_parts(self._model.pipeline)
 
+    def weights_not_finite(self) -> list[str]:
+        """Returns the names of weights that are infinite or not numbers, with their parts."""
+        return [
+            f"{part}: {name}"
+            for part, network in modules(self._model.pipeline).items()
+            for name, weight in network.named_parameters()
+            if weight.is_floating_point() and not bool(torch.isfinite(weight).all())
+        ]
+
     @property
     def loras(self) -> tuple[str, ...]:
         """The names that `Adapter` may have."""

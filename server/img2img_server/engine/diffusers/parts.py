@@ -15,6 +15,7 @@ import diffusers
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from img2img_server.domain.models import ModelKind
 from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.diffusers.families.base import UNUSED_PARTS, Family
 from img2img_server.engine.family import ModelError, ModelFiles
@@ -27,6 +28,12 @@ _UNUSED: Final = re.compile(r"(^|\.)(position_ids|inv_freq)$|^lm_head\.")
 # others are padded for speed.
 _UNUSED_ROWS: Final = 0.1
 _PADDING: Final = 128
+
+_AGAIN: Final = "fetch the files again, or check that they belong together"
+# diffusers' sentence about a tensor that does not fit
+_SIZES: Final = re.compile(
+    r"(\S+) expected shape (?:torch\.Size\()?(\[[^]]*\])\)?, but got (?:torch\.Size\()?(\[[^]]*\])"
+)
 
 # The libraries change classes of torch while they create a model, for all threads.
 _ONE_AT_A_TIME = threading.Lock()
@@ -71,6 +78,7 @@ def load_parts(
             )
     parts |= given
     check_tokenizers(parts, str(folder))
+    check_latents(family, parts, str(folder))
     return parts
 
 
@@ -153,7 +161,8 @@ def part_class_of(name: str, entry: tuple[str, str]) -> Any:
     if found is None:
         raise ModelError(
             f"model_index.json names {library}.{class_name} for {name}, which diffusers and "
-            "transformers do not have: code that comes with a model is not run"
+            "transformers do not have. Code that comes with a model is not run: use a model "
+            "without it"
         )
     return found
 
@@ -186,6 +195,25 @@ def check_loaded(place: str, info: Mapping[str, Any]) -> None:
         raise ModelError(
             f"{place} has weights of other sizes than its config.json: {first_names(keys)}"
         )
+
+
+def check_latents(family: Family, parts: Mapping[str, Any], place: str) -> None:
+    """Checks that the autoencoder has the latents that the denoiser takes.
+
+    Raises:
+        ModelError: It is that of another family.
+    """
+    taken = _channels(parts.get(family.denoiser), "in_channels")
+    given = _channels(parts.get("vae"), "latent_channels")
+    if family.kind is ModelKind.DIFFUSION and taken and given and taken != given:
+        raise ModelError(
+            f"the vae of {place} has latents of {given} channels, but its {family.denoiser} takes "
+            f"{taken}: it is another family's: fetch the folder vae of this model again"
+        )
+
+
+def _channels(part: Any, name: str) -> int:
+    return int(getattr(getattr(part, "config", None), name, 0) or 0)
 
 
 def check_tokenizers(parts: Mapping[str, Any], place: str) -> None:
@@ -231,5 +259,20 @@ def guarded(place: Path | str, call: Any, *arguments: Any, **options: Any) -> An
             return call(*arguments, **options)
     except Exception as error:
         _log.debug("part_not_loaded: %s", place, exc_info=error)
-        why = " ".join(str(error).split())[:400]
-        raise ModelError(f"cannot load {place}: {why or type(error).__name__}") from error
+        raise ModelError(f"cannot load {place}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Returns why a library could not load a part, with the cure."""
+    why = " ".join(str(error).split())
+    if sizes := _SIZES.search(why):
+        name, configured, found = sizes.groups()
+        return (
+            f"{name} has the size {found}, but {configured} by its config.json: they are of "
+            f"different models: {_AGAIN}"
+        )
+    if "ignore_mismatched_sizes" in why:
+        return f"its weights have other sizes than its config.json says: {_AGAIN}"
+    if isinstance(error, KeyError | AttributeError | TypeError):  # A file lacks an entry.
+        return f"a file in it is damaged ({type(error).__name__} {why}): {_AGAIN}"
+    return f"{why[:400].rstrip('.') or type(error).__name__}: {_AGAIN}"

@@ -25,6 +25,7 @@ from img2img_server.engine.checkpoint import Checkpoint
 from img2img_server.engine.diffusers.clip_tokenizer import clip_tokenizer
 from img2img_server.engine.diffusers.families.base import Family
 from img2img_server.engine.diffusers.parts import (
+    check_latents,
     check_loaded,
     check_tokenizers,
     guarded,
@@ -109,6 +110,7 @@ def load_single_file(
         else:
             parts[name] = _from_folder(family, name, entry, path, parts_dir, dtype, allow_pickles)
     check_tokenizers(parts, str(path))
+    check_latents(family, parts, str(path))
     options = {
         name: value
         for name, value in checkpoint.files.index.items()

@@ -88,7 +88,8 @@ class StableDiffusion(DiffusionFamily):
             return ""
         return (
             f"the model's UNet has {taken} input channels instead of {given}: models for "
-            "inpainting, for instructions or for upscaling are not served"
+            "inpainting, for instructions or for upscaling are not served: use a model for text "
+            "to image"
         )
 
     def max_clip_skip(self, files: ModelFiles) -> int:

@@ -89,7 +89,7 @@ class StableDiffusion3(FlowFamily):
             return ""
         return (
             f"the model's transformer has {taken} input channels instead of {given}: models for "
-            "inpainting are not served"
+            "inpainting are not served: use a model for text to image"
         )
 
     def timestep_arguments(
