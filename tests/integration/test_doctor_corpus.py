@@ -74,6 +74,12 @@ def edit(path: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch
     save_file(change(load_file(path)), path, {"format": "pt"})
 
 
+def pruned_file(it: Place) -> Path:
+    file = it.file()
+    edit(file, lambda found: {key: it for key, it in found.items() if ".out.2." not in key})
+    return file
+
+
 # Each breaks a model and returns the source to examine.
 
 
@@ -458,6 +464,7 @@ BROKEN: dict[str, tuple[Callable[[Place], Path], str, str]] = {
     "8-channels": (channels(8), "file.safetensors", "use a model for text to image"),
     "9-channels-folder": (channels_of_folder(9), "model: the model's UNet", "for text to image"),
     "8-channels-folder": (channels_of_folder(8), "model: the model's UNet", "for text to image"),
+    "pruned": (pruned_file, "file.safetensors is incomplete: it lacks", "fetch the file again"),
     "refiner": (refiner, "/model", "use an SDXL base model"),
     "refiner-file": (refiner_file, "refiner.safetensors", "use an SDXL base model"),
     "lora": (lora_file, "style.safetensors", "put it into IMG2IMG_LORA_DIR"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
+import shutil
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,10 +14,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+import transformers
 from diffusers.loaders import single_file_model, single_file_utils
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from img2img_server.engine.diffusers.clip_tokenizer import clip_tokenizer
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.local_model import find_model
 from img2img_server.engine.family import ModelError
@@ -23,7 +27,12 @@ from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.engine.options import ModelOptions
 from tests.engine_bench import BOUND, blocks, difference, images, job, run, running
 from tests.oracle.families import chroma, flux, sd3, z_image
-from tests.original_layout import autoencoder_model, autoencoder_tensors
+from tests.original_layout import (
+    autoencoder_model,
+    autoencoder_tensors,
+    clip_config,
+    clip_tensors,
+)
 from tests.tiny_flow import DYNAMIC_SHIFT, T5_WIDTH, lively
 from tests.tiny_models import WIDTH
 from tests.tiny_qwen import TEXT_WIDTH
@@ -318,11 +327,12 @@ def test_parts_that_are_missing_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("text_encoders.clip_l.x", "holds text encoders too"),
+        ("text_encoders.clip_l.x", "would be ignored"),
+        ("cond_stage_model.x", "holds text encoders in a layout that is not read"),
         ("double_blocks.0.img_attn.new.weight", "of 3 elements that are of no layer"),
         ("adapter.weight", "of 3 elements that are of no layer"),
     ],
-    ids=["text", "layer", "other"],
+    ids=["text", "older-text", "layer", "other"],
 )
 def test_tensors_that_would_be_ignored_are_refused(
     name: str, sentence: str, tmp_path: Path
@@ -332,4 +342,129 @@ def test_tensors_that_would_be_ignored_are_refused(
     options = ModelOptions(model_parts_dir=parts)
 
     with pytest.raises(ModelError, match=sentence):
+        DiffusersDenoiser.load(str(file), torch.device("cpu"), torch.float32, options)
+
+
+# The names of text encoders in ComfyUI, by family and part.
+COMFY: dict[str, dict[str, str]] = {
+    "flux-dev": {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"},
+    "sd3.5": {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"},
+    "chroma": {"text_encoder": "t5xxl"},
+    "z-image-turbo": {"text_encoder": "qwen3_4b"},
+}
+FILES = {
+    "clip_l": "clip_l.safetensors",
+    "clip_g": "clip_g.safetensors",
+    "t5xxl": "t5xxl_fp8_e4m3fn.safetensors",
+    "qwen3_4b": "qwen_3_4b.safetensors",
+}
+FP8 = torch.float8_e4m3fn
+
+
+def rewritten(folder: Path, kind: str) -> dict[str, Tensor]:
+    """Rewrites a text encoder with the options of published ones that no shape shows, and T5 with
+    weights that 8 bits can hold. Returns its tensors as files of ComfyUI have them.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    if kind.startswith("clip"):
+        # The tokenizer is that of the package.
+        tokenizer = clip_tokenizer("!" if kind == "clip_g" else "")
+        tokenizer.save_pretrained(
+            folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
+        )
+        changes = {"intermediate_size": 2 * WIDTH, "num_attention_heads": 1}
+        encoder_class = getattr(transformers, config["architectures"][0])
+        encoder_class(clip_config(WIDTH, **changes)).save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+    if kind == "qwen3_4b":
+        config |= {"rope_parameters": {"rope_theta": 1_000_000.0, "rope_type": "default"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    encoder = getattr(transformers, config["architectures"][0]).from_pretrained(folder)
+    if kind == "t5xxl":
+        for parameter in encoder.parameters():
+            parameter.data = parameter.data.to(FP8).float()
+    encoder.save_pretrained(folder)
+    if kind.startswith("clip"):
+        return {**clip_tensors(encoder, ""), "logit_scale": torch.ones(())}
+    start = "model." if kind == "qwen3_4b" else ""
+    return {f"{start}{name}": it for name, it in encoder.state_dict().items()}
+
+
+@pytest.mark.usefixtures("_small_widths")
+@pytest.mark.parametrize("are_inside", [True, False], ids=["inside", "files"])
+@pytest.mark.parametrize("kind", sorted(COMFY))
+def test_text_encoders_in_the_layout_of_comfyui_give_the_same_image(
+    kind: str, are_inside: bool, tmp_path: Path
+) -> None:
+    file, parts = written(kind, tmp_path)
+    folder = parts / WRITERS[kind][0]
+    found = {name: rewritten(folder / part, name) for part, name in COMFY[kind].items()}
+    cpu, options = torch.device("cpu"), ModelOptions(model_parts_dir=parts)
+    expected = image(DiffusersDenoiser.load(str(file), cpu, torch.float32, options), 3.0)
+    for part in COMFY[kind]:
+        shutil.rmtree(folder / part)
+    if are_inside:
+        tensors = load_file(file)
+        if kind != "sd3.5":
+            tensors = {f"model.diffusion_model.{name}": it for name, it in tensors.items()}
+        for name, own in found.items():
+            start = f"text_encoders.{name}."
+            for key, it in own.items():
+                inner = "" if key == "logit_scale" else "transformer."
+                tensors[f"{start}{inner}{key}"] = it.contiguous().clone()
+        save_file(tensors, file)
+    else:
+        for name, own in found.items():
+            dtype = FP8 if name == "t5xxl" else torch.float32
+            place = parts if name == "t5xxl" else folder
+            tensors = {key: it.to(dtype).contiguous().clone() for key, it in own.items()}
+            save_file(tensors, place / FILES[name])
+
+    ours = image(DiffusersDenoiser.load(str(file), cpu, torch.float32, options), 3.0)
+    assert difference(ours, expected) == 0
+    assert expected.std() > 10, "the image has contrast"
+
+
+@pytest.mark.usefixtures("_small_widths")
+def test_an_autoencoder_in_a_file_gives_the_same_image(tmp_path: Path) -> None:
+    file, parts = written("flux-dev", tmp_path)
+    changes = {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1159}
+    vae = autoencoder_model(0.3611, latent_channels=16, **changes)
+    vae.save_pretrained(parts / "flux/vae")
+    cpu, options = torch.device("cpu"), ModelOptions(model_parts_dir=parts)
+    expected = image(DiffusersDenoiser.load(str(file), cpu, torch.float32, options), 3.0)
+    shutil.rmtree(parts / "flux/vae")
+    tensors = autoencoder_tensors(vae, "")
+    save_file({key: it.contiguous() for key, it in tensors.items()}, parts / "flux/ae.safetensors")
+
+    ours = image(DiffusersDenoiser.load(str(file), cpu, torch.float32, options), 3.0)
+    assert difference(ours, expected) == 0
+
+
+@pytest.mark.usefixtures("_small_widths")
+def test_stable_diffusion_3_is_served_without_t5_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, parts = written("sd3.5", tmp_path)
+    for part in ("text_encoder_3", "tokenizer_3"):
+        shutil.rmtree(parts / "sd3" / part)
+    cpu, options = torch.device("cpu"), ModelOptions(model_parts_dir=parts)
+    assert image(DiffusersDenoiser.load(str(file), cpu, torch.float32, options), 3.0).std() > 10
+    assert "part_left_out: text_encoder_3" in caplog.text
+    assert "part_left_out: tokenizer_3" in caplog.text
+
+
+@pytest.mark.usefixtures("_small_widths")
+def test_a_file_with_the_name_of_a_text_encoder_must_hold_one(tmp_path: Path) -> None:
+    file, parts = written("flux-dev", tmp_path)
+    shutil.rmtree(parts / "flux/text_encoder")
+    save_file({"a": torch.ones(1)}, parts / "clip_l.safetensors")
+    options = ModelOptions(model_parts_dir=parts)
+    with pytest.raises(ModelError, match=r"clip_l\.safetensors has the name of a text_encoder"):
+        DiffusersDenoiser.load(str(file), torch.device("cpu"), torch.float32, options)
+    save_file(
+        {"text_model.embeddings.token_embedding.weight": torch.ones(54, 16)},
+        parts / "clip_l.safetensors",
+    )
+    with pytest.raises(ModelError, match=r"clip_l\.safetensors is incomplete: it lacks the tensor"):
         DiffusersDenoiser.load(str(file), torch.device("cpu"), torch.float32, options)

@@ -655,7 +655,8 @@ def test_a_link_that_leads_nowhere_is_reported(give: Callable[..., None], tmp_pa
     link.symlink_to(tmp_path / "none")
     give(model=link, compile_cache_dir=link, lora_dir=link)
     assert refused("worker") == [
-        f"IMG2IMG_MODEL: {link} is a link to {tmp_path}/none, which does not exist: correct the link",
+        f"IMG2IMG_MODEL: {link} is a link to {tmp_path}/none, which does not exist: "
+        "correct the link",
         f"IMG2IMG_LORA_DIR: folder {link} cannot be read: No such file or directory",
         f"IMG2IMG_COMPILE_CACHE_DIR: folder {link} is not writable: No such file or directory",
     ]

@@ -8,7 +8,8 @@ published models; diffusers (Apache-2.0) has them as defaults of its classes or 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -109,6 +110,21 @@ def describe_unet(shapes: Shapes, hints: Hints, place: str) -> Checkpoint:
     return found
 
 
+@contextmanager
+def complete(place: str) -> Iterator[None]:
+    """Turns the error of a body that describes tensors which are not all there into a sentence."""
+    try:
+        yield
+    except KeyError as error:
+        raise ModelError(
+            f"{place} is incomplete: it lacks the tensor {error.args[0]}: fetch the file again"
+        ) from error
+    except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ModelError(
+            f"{place} has tensors of other shapes than its architecture ({error}): use another file"
+        ) from error
+
+
 def check_known(shapes: Shapes, found: Checkpoint, place: str) -> None:
     """Raises ModelError if a file has tensors that are of no part of its model."""
     known = tuple(found.prefixes.values())
@@ -125,8 +141,12 @@ def check_known(shapes: Shapes, found: Checkpoint, place: str) -> None:
 
 
 def check_scaled(shapes: Shapes, place: str) -> None:
-    """Raises ModelError for weights in 8 bits with a factor each, in ComfyUI's form."""
-    scaled = [name for name in shapes if name.endswith(("scaled_fp8", ".scale_weight"))]
+    """Raises ModelError for a denoiser in 8 bits with factors, in ComfyUI's form."""
+    scaled = [
+        name
+        for name in shapes
+        if name.endswith(("scaled_fp8", ".scale_weight")) and not name.startswith("text_encoders.")
+    ]
     if scaled:
         raise ModelError(
             f"{place} has weights in 8 bits with factors ({scaled[0]}), which are not "

@@ -10,6 +10,7 @@ from img2img_server.engine.checkpoint import (
     Hints,
     Shapes,
     check_known,
+    complete,
     describe_unet,
 )
 from img2img_server.engine.checkpoint_flow import describe_flow
@@ -50,8 +51,9 @@ def read_checkpoint(path: Path, *, allow_pickles: bool = False) -> Checkpoint:
             "suffix .safetensors"
         )
     hints = Hints.of(path.stem, metadata, _prediction_type(toml_of(path)))
-    if (found := describe_flow(shapes, hints, str(path))) is None:
-        return describe_unet(shapes, hints, str(path))
+    with complete(str(path)):
+        if (found := describe_flow(shapes, hints, str(path))) is None:
+            return describe_unet(shapes, hints, str(path))
     check_known(shapes, found, str(path))
     return found
 

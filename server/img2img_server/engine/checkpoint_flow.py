@@ -1,7 +1,7 @@
 """Describes single files of SD3, FLUX.1, Chroma and Z-Image. Imports no torch.
 
-These files hold the transformer, and often the autoencoder. The text encoders and their tokenizers
-come from the folder of parts.
+These files hold the transformer, and often the autoencoder and text encoders. Other parts, and
+tokenizers, come from the folder of parts.
 """
 
 from __future__ import annotations
@@ -19,9 +19,15 @@ from img2img_server.engine.checkpoint import (
     check_scaled,
     count,
 )
+from img2img_server.engine.checkpoint_text import TEXT_ENCODERS, inside, text_config
 from img2img_server.engine.family import ModelError, ModelFiles
 
-_TEXTS: Final = ("text_encoders.", "cond_stage_model.")
+_FAMILIES: Final = {
+    "FluxPipeline": "flux",
+    "ChromaPipeline": "chroma",
+    "StableDiffusion3Pipeline": "sd3",
+    "ZImagePipeline": "z_image",
+}
 _PREFIXES: Final = ("model.diffusion_model.", "")
 _SCHEDULER: Final = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
 _AUTOENCODER: Final = ["diffusers", "AutoencoderKL"]
@@ -42,7 +48,7 @@ def describe_flow(shapes: Shapes, hints: Hints, place: str) -> Checkpoint | None
     """Returns the contents of a single file; None if its transformer is of no family here.
 
     Raises:
-        ModelError: The file holds text encoders, which are not read from it.
+        ModelError: The file holds text encoders in another layout than that of ComfyUI.
     """
     check_scaled(shapes, place)
     for prefix in _PREFIXES:
@@ -55,15 +61,17 @@ def describe_flow(shapes: Shapes, hints: Hints, place: str) -> Checkpoint | None
         if found is None:
             continue
         index, configs, factors = found
-        texts = [
-            name for name in shapes if name.startswith(("text_encoders.", "cond_stage_model."))
-        ]
-        if texts:
+        if texts := [name for name in shapes if name.startswith("cond_stage_model.")]:
             raise ModelError(
-                f"{place} holds text encoders too ({texts[0]}), which are not read from single "
-                "files of this family: use a file without them, and IMG2IMG_MODEL_PARTS_DIR"
+                f"{place} holds text encoders in a layout that is not read ({texts[0]}): use a "
+                "file without them, and IMG2IMG_MODEL_PARTS_DIR"
             )
         prefixes = {"transformer": prefix}
+        family = _FAMILIES[index["_class_name"]]
+        for part in TEXT_ENCODERS[family]:
+            start = inside(family, part)
+            if config := text_config(index[part][1], shapes, start):
+                configs[part], prefixes[part] = config, start
         for start in (VAE, "vae."):
             if f"{start}decoder.conv_in.weight" in shapes:
                 configs["vae"] = autoencoder(shapes, start, *factors)

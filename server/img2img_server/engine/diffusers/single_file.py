@@ -21,7 +21,14 @@ from diffusers.loaders.single_file_utils import (
 from safetensors.torch import load_file
 from torch import Tensor
 
-from img2img_server.engine.checkpoint import Checkpoint
+from img2img_server.engine.checkpoint import VAE, Checkpoint, autoencoder, complete
+from img2img_server.engine.checkpoint_text import (
+    TEXT_ENCODERS,
+    VAE_FACTORS,
+    file_of,
+    inside,
+    text_config,
+)
 from img2img_server.engine.diffusers.clip_tokenizer import clip_tokenizer
 from img2img_server.engine.diffusers.families.base import Family
 from img2img_server.engine.diffusers.parts import (
@@ -32,8 +39,16 @@ from img2img_server.engine.diffusers.parts import (
     load_part,
 )
 from img2img_server.engine.family import ModelError
-from img2img_server.engine.tensor_names import HARMLESS_IN_CHECKPOINT, IGNORED, first_names
+from img2img_server.engine.tensor_names import (
+    HARMLESS_IN_CHECKPOINT,
+    HARMLESS_IN_PART,
+    IGNORED,
+    first_names,
+)
+from img2img_server.engine.weight_files import read_header
 
+# T5 has one table of tokens under two names.
+_TIED: Final = ("shared.weight", "encoder.embed_tokens.weight")
 # Encoders whose shorter prompts are filled with the token of "!", as those of OpenCLIP.
 _FILLED_WITH_ZERO: Final = "!"
 
@@ -95,10 +110,18 @@ def load_single_file(
         where = f"the {name} in {path}"
         if name in checkpoint.prefixes:
             prefix = checkpoint.prefixes[name]
-            own = {key: it for key, it in tensors.items() if key.startswith(prefix)}
+            others = tuple(it for it in checkpoint.prefixes.values() if len(it) > len(prefix))
+            own = {
+                key: it
+                for key, it in tensors.items()
+                if key.startswith(prefix) and not key.startswith(others)
+            }
             if entry[0] == "diffusers":
                 quantiser = quantization if name == family.denoiser else None
                 parts[name] = _network(where, entry[1], config, own, dtype, quantiser)
+            elif prefix == inside(family.name, name):
+                own = {key.removeprefix(prefix): it for key, it in own.items()}
+                parts[name] = _text_encoder(where, entry[1], config, own, dtype)
             else:
                 parts[name] = _clip(where, entry[1], config, own, prefix, dtype)
         elif config and name == "scheduler":
@@ -107,6 +130,11 @@ def load_single_file(
             encoder = checkpoint.prefixes.get(name.replace("tokenizer", "text_encoder"), "")
             is_open = encoder.endswith(".model.") or (family.name, name) == ("sd3", "tokenizer_2")
             parts[name] = clip_tokenizer(_FILLED_WITH_ZERO if is_open else "")
+        elif _is_left_out(family, name, checkpoint, parts_dir):
+            _log.warning(
+                "part_left_out: %s of %s: words beyond 77 tokens have no effect", name, path
+            )
+            parts[name] = None
         else:
             parts[name] = _from_folder(family, name, entry, path, parts_dir, dtype, allow_pickles)
     check_tokenizers(parts, str(path))
@@ -126,6 +154,20 @@ def _has(family: Family, tokenizer: str, checkpoint: Checkpoint, parts_dir: Path
     return not is_held and parts_dir is not None and (parts_dir / family.name / tokenizer).is_dir()
 
 
+def _is_left_out(family: Family, name: str, checkpoint: Checkpoint, parts_dir: Path | None) -> bool:
+    """Returns whether a part is T5 of Stable Diffusion 3 or its tokenizer, which a model can do
+    without, and T5 is neither in the file nor in the folder of parts.
+    """
+    encoder = "text_encoder_3"
+    if family.name != "sd3" or name not in (encoder, "tokenizer_3"):
+        return False
+    if encoder in checkpoint.prefixes:
+        return False
+    return parts_dir is None or not (
+        (parts_dir / family.name / encoder).is_dir() or file_of(parts_dir, family.name, encoder)
+    )
+
+
 def _from_folder(
     family: Family,
     name: str,
@@ -140,15 +182,50 @@ def _from_folder(
         raise ModelError(
             f"{path} does not hold the {name} ({entry[1]}) of the family {family.name}: set "
             f"IMG2IMG_MODEL_PARTS_DIR to a folder that has it as {family.name}/{name}"
+            f"{_or_file(family, name)}"
         )
     folder = parts_dir / family.name
-    if not (folder / name).is_dir():
-        raise ModelError(
-            f"{path} does not hold the {name} ({entry[1]}), and there is no folder "
-            f"{folder / name}: put it there in diffusers' layout",
-            setting="model_parts_dir",
-        )
-    return load_part(name, entry, folder, dtype, None, allow_pickles)
+    if (folder / name).is_dir():
+        return load_part(name, entry, folder, dtype, None, allow_pickles)
+    if file := file_of(parts_dir, family.name, name):
+        return _from_file(family, name, entry[1], file, dtype)
+    raise ModelError(
+        f"{path} does not hold the {name} ({entry[1]}), and there is no folder "
+        f"{folder / name}: put it there in diffusers' layout{_or_file(family, name)}",
+        setting="model_parts_dir",
+    )
+
+
+def _or_file(family: Family, name: str) -> str:
+    """Returns the end of a sentence with the single file that would do as well."""
+    kind = "ae" if name == "vae" else TEXT_ENCODERS.get(family.name, {}).get(name)
+    return f", or as the file {family.name}/{kind}.safetensors" if kind else ""
+
+
+def _from_file(family: Family, name: str, class_name: str, file: Path, dtype: torch.dtype) -> Any:
+    """Returns a text encoder or an autoencoder from a file of its own."""
+    shapes = {key: entry.shape for key, entry in read_header(file).items()}
+    where = f"the {name} in {file}"
+    with complete(str(file)):
+        if name == "vae":
+            starts = (it for it in (VAE, "vae.") if f"{it}decoder.conv_in.weight" in shapes)
+            prefix = next(starts, "")
+            is_known = f"{prefix}decoder.conv_in.weight" in shapes
+            factors = VAE_FACTORS[family.name]
+            config = autoencoder(shapes, prefix, *factors) if is_known else None
+        else:
+            config = text_config(class_name, shapes, "")
+    if config is not None:
+        tensors = read_tensors(file)
+        _log.info("part_from_file: %s: %s", name, file)
+        if name == "vae":
+            return _network(where, class_name, config, tensors, dtype, None)
+        return _text_encoder(where, class_name, config, tensors, dtype)
+    raise ModelError(
+        f"{file} has the name of a {name} ({class_name}), but its tensors are others: "
+        f"{first_names(shapes)}",
+        setting="model_parts_dir",
+    )
 
 
 def _network(
@@ -222,6 +299,48 @@ def _clip(
     loaded = {key: it.to(dtype) for key, it in converted.items()}
     encoder.load_state_dict(loaded, assign=True)
     return encoder.eval()
+
+
+def _text_encoder(
+    where: str,
+    class_name: str,
+    config: Mapping[str, Any],
+    own: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> Any:
+    """Returns a text encoder from its tensors, which have the names of transformers."""
+    encoder_class = getattr(transformers, class_name)
+    with _without_memory():
+        encoder = encoder_class(encoder_class.config_class(**config))
+    expected = encoder.state_dict()
+    tensors = _unscaled(own)
+    for start in ("text_model.", "model."):
+        if not any(key.startswith(start) for key in expected):
+            tensors = {key.removeprefix(start): it for key, it in tensors.items()}
+    for one, other in (_TIED, _TIED[::-1]):
+        if one in expected and one not in tensors and other in tensors:
+            tensors[one] = tensors[other]
+    converted = {key: it for key, it in tensors.items() if not HARMLESS_IN_PART.search(key)}
+    projection = "text_projection.weight"
+    if projection in expected and projection in tensors:
+        converted[projection] = tensors[projection]
+    _check(where, own, _elements(converted), converted, expected)
+    encoder.load_state_dict({key: it.to(dtype) for key, it in converted.items()}, assign=True)
+    encoder.tie_weights()
+    return encoder.eval()
+
+
+def _unscaled(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors with the factors that files in 8 bits have for each of them."""
+    scales = {key for key in own if key.endswith((".scale_weight", ".scale_input"))}
+    found = {}
+    for key, tensor in own.items():
+        factor = own.get(f"{key.removesuffix('weight')}scale_weight")
+        if key in scales or key == "scaled_fp8":
+            continue
+        is_scaled = key.endswith(".weight") and factor is not None
+        found[key] = tensor.float() * factor.float() if is_scaled and factor is not None else tensor
+    return found
 
 
 def _elements(tensors: Mapping[str, Tensor]) -> int:
