@@ -443,7 +443,7 @@ def text_encoder_of_sd2(it: Place) -> Path:
 
 
 PARTS = "fetch the files again, or check that they belong together"
-# What breaks a model, with the file and the cure that the problem must name.
+# The damage to a model, with the file and the cure that the problem must name.
 BROKEN: dict[str, tuple[Callable[[Place], Path], str, str]] = {
     "html": (html_file, "page.safetensors", "fetch the file again"),
     "json": (json_answer, "answer.safetensors", "fetch the file again"),
