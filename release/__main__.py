@@ -60,15 +60,19 @@ def write_sums(target: Path) -> None:
     (target / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
-def build_image(target: Path, version: str) -> None:
-    """Writes the image of api and gateway, and the digest of its manifest, which pushes keep."""
+def build_image(target: Path, version: str) -> str:
+    """Writes the image of api and gateway, and the digest of its manifest, which pushes keep.
+    Returns its Debian packages.
+    """
     name = f"{image.REPOSITORY}-{version}-slim.oci.tar"
     reference = f"{image.REPOSITORY}:{version}-slim"
     image.make_base(new=True)
     image.build("slim", f"localhost/{reference}", version)
     digest = image.export(f"localhost/{reference}", target / name, reference)
-    image.check(image.pull(target / name), version)
+    pulled = image.pull(target / name)
+    image.check(pulled, version)
     (target / DIGESTS).write_text(f"{digest}  {reference}\n", encoding="utf-8")
+    return image.debian_packages(pulled)
 
 
 def build_worker_image(version: str) -> None:
@@ -81,21 +85,25 @@ def build_worker_image(version: str) -> None:
     image.check(tag, version)
 
 
-def images(target: Path, version: str, steps: Steps, chosen: argparse.Namespace) -> list[str]:
-    """Builds the images that this machine can build. Returns what is skipped, with its reason."""
-    skipped = []
+def images(
+    target: Path, version: str, steps: Steps, chosen: argparse.Namespace
+) -> tuple[str, list[str]]:
+    """Builds the images that this machine can build. Returns the Debian packages of the first one,
+    and what is skipped, with its reason.
+    """
+    skipped, packages = [], ""
     reason = "--skip-image" if chosen.skip_image else image.missing()
     if reason:
         skipped.append(f"the image of api and gateway: {reason}")
     else:
-        build_image(target, version)
+        packages = build_image(target, version)
         steps.done("image of api and gateway, its command run from the archive")
     if not reason and chosen.full:
         build_worker_image(version)
         steps.done("stages of the worker's image, its command run")
         reason = "its stages were built with this machine's torch, which is not that of a release"
     skipped.append(f"the image of the worker: {reason or '--full builds its stages'}")
-    return skipped
+    return packages, skipped
 
 
 def build(target: Path, chosen: argparse.Namespace) -> list[str]:
@@ -112,9 +120,10 @@ def build(target: Path, chosen: argparse.Namespace) -> list[str]:
     package = chart.build(target, epoch)
     chart.check(package)
     steps.done("chart package, linted and rendered")
-    run(SBOM_PYTHON, "-m", "release.sbom", target, sys.executable, **{EPOCH: str(epoch)})
+    packages, skipped = images(target, version, steps, chosen)
+    command = (SBOM_PYTHON, "-m", "release.sbom", target, sys.executable)
+    run(*command, given=packages, **{EPOCH: str(epoch)})
     steps.done("bills of materials, valid by the schema of CycloneDX")
-    skipped = images(target, version, steps, chosen)
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     (target / "NOTES.md").write_text(notes(changelog, version), encoding="utf-8")
     write_sums(target)

@@ -16,13 +16,16 @@ class ReleaseError(Exception):
     """A step of the release failed; the sentence says which one and why."""
 
 
-def run(*command: object, cwd: Path = ROOT, **environment: str) -> str:
-    """Returns both outputs of a command. Raises ReleaseError with them if it fails."""
+def run(*command: object, cwd: Path = ROOT, given: str = "", **environment: str) -> str:
+    """Returns both outputs of a command. Raises ReleaseError with them if it fails.
+
+    `given`: its standard input.
+    """
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
         env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL,
+        input=given,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

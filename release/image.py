@@ -110,6 +110,17 @@ def pull(archive: Path) -> str:
     return buildah("pull", "--quiet", f"oci-archive:{archive}")
 
 
+def debian_packages(image: str) -> str:
+    """Returns the Debian packages of an image: lines of name, version and architecture."""
+    container = buildah("from", "--quiet", "--pull=never", image)
+    try:
+        fields = r"--showformat=${Package}\t${Version}\t${Architecture}\n"
+        command = ("dpkg-query", "--show", fields)
+        return buildah("run", "--isolation=chroot", container, "--", *command) + "\n"
+    finally:
+        buildah("rm", container)
+
+
 def check(image: str, version: str) -> None:
     """Runs the command of an image, as its user. Raises ReleaseError if it has another version."""
     container = buildah("from", "--quiet", "--pull=never", image)

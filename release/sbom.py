@@ -1,10 +1,10 @@
 """Bills of materials (CycloneDX) of the client and of both images, from the locked requirements.
 
-    python -m release.sbom DIST PYTHON      runs in the environment of requirements/dist.txt
+    python -m release.sbom DIST PYTHON < DEBIAN    runs in the environment of requirements/dist.txt
 
 The packages, versions and hashes are those of requirements/: the hashes of all files that pip
-accepts. Licences and the graph are those of the packages that PYTHON has installed. Packages of
-Debian in an image are not listed: scanners read them from the image.
+accepts. Licences and the graph are those of the packages that PYTHON has installed. DEBIAN lists
+the Debian packages of the image of api and gateway, if it was built: name, version, architecture.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from release.locked import Locked, locked
 
 SCHEMA: Final = SchemaVersion.V1_6
 CLIENT, SERVICE = "img2img-client", "img2img-service"
+DEBIAN: Final = "debian-12"
 
 
 class Installed:
@@ -90,17 +91,35 @@ def wheels(dist: Path) -> Iterator[Locked]:
         yield Locked(canonicalize_name(name), str(version), (digest,))
 
 
+def debian_components(lines: Iterable[str]) -> Iterator[Component]:
+    """Returns the Debian packages of an image."""
+    for line in lines:
+        name, version, architecture = line.split()
+        qualifiers = {"arch": architecture, "distro": DEBIAN}
+        purl = PackageURL("deb", "debian", name, version, qualifiers)
+        yield Component(
+            type=ComponentType.LIBRARY, name=name, version=version, bom_ref=str(purl), purl=purl
+        )
+
+
 def bill(
-    root: Component, needed: Iterable[str], packages: Iterable[Locked], installed: Installed
+    root: Component,
+    needed: Iterable[str],
+    packages: Iterable[Locked],
+    installed: Installed,
+    others: Iterable[Component] = (),
 ) -> Bom:
     """Returns the bill of a product: its packages, and which package needs which one.
 
-    `needed`: the names of those that the product needs itself.
+    Args:
+        needed: The names of the packages that the product needs itself.
+        others: Packages that are not Python's.
     """
     components = {each.name: component(each, installed) for each in packages}
     epoch = int(os.environ["SOURCE_DATE_EPOCH"])
-    listed = sorted(str(each.purl) for each in components.values())
-    bom = Bom(components=components.values())
+    contained = [*components.values(), *others]
+    listed = sorted(str(each.purl) for each in contained)
+    bom = Bom(components=contained)
     bom.serial_number = uuid5(NAMESPACE_URL, f"{root.name}@{root.version} {epoch} {listed}")
     bom.metadata.component = root
     bom.metadata.timestamp = datetime.fromtimestamp(epoch, UTC)
@@ -108,6 +127,7 @@ def bill(
     for each, names in [(root, needed), *((components[name], edges[name]) for name in edges)]:
         found = sorted(components.keys() & set(names))
         bom.register_dependency(each, [components[name] for name in found])
+    bom.register_dependency(root, contained[len(components) :])
     return bom
 
 
@@ -128,7 +148,7 @@ def image(version: str) -> Component:
 
 def main(dist: Path, python: str) -> int:
     """Writes the bills of the wheels in a folder."""
-    installed = Installed(python)
+    installed, debian = Installed(python), list(debian_components(sys.stdin))
     client, service = wheels(dist)
     slim, full = f"{service.version}-slim", service.version
     contents = {
@@ -136,20 +156,23 @@ def main(dist: Path, python: str) -> int:
             component(client, installed),
             installed.needs(CLIENT),
             locked("client.txt").values(),
+            [],
         ),
         f"{SERVICE}-{slim}": (
             image(slim),
             [SERVICE],
             [*locked("server.txt").values(), client, service],
+            debian,
         ),
         f"{SERVICE}-{full}": (
             image(full),
             [SERVICE],
             [*locked("worker.txt", "torch.txt").values(), client, service],
+            [],
         ),
     }
-    for name, (root, needed, packages) in contents.items():
-        write(bill(root, needed, packages, installed), dist / f"{name}.cdx.json")
+    for name, (root, needed, packages, others) in contents.items():
+        write(bill(root, needed, packages, installed, others), dist / f"{name}.cdx.json")
     return 0
 
 
