@@ -80,7 +80,7 @@ oracle-lora: setup ## Compare LoRA files of every form with peft, which is insta
 	PYTHONPATH=.tools/peft $(BIN)/python -m pytest tests/oracle/test_lora_peft.py $(ARGS)
 
 docs: .venv/.docs ## Build the documentation site in site/; a broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 bench: setup ## Measure the service and the engine on this machine
 	$(BIN)/python -m benchmarks.overhead $(ARGS)

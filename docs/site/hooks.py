@@ -51,19 +51,23 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     http, document = http_reference.render()
     files.append(File.generated(config, HTTP, content=http))
     files.append(File.generated(config, "reference/openapi.json", content=document))
-    waiting = [file for file in files if file.is_documentation_page() and file.abs_src_path]
+    waiting = [file for file in files if file.is_documentation_page()]
     while waiting:
         page = waiting.pop()
-        text = Path(str(page.abs_src_path)).read_text(encoding="utf-8")
-        for target in linked(text):
-            path = repository_path(page.src_uri, target)
+        for target in linked(page.content_string):
+            path = file_of(repository_path(page.src_uri, target))
             uri = site_path(path)
             if files.get_file_from_path(uri) or not uri.startswith(OUTSIDE):
                 continue
-            if not (ROOT / path).is_file():
+            if (ROOT / path).is_file():
+                added = File.generated(config, uri, abs_src_path=str(ROOT / path))
+            elif (ROOT / path).parent.is_dir() and path.endswith("/README.md"):
+                added = File.generated(
+                    config, uri, content=listing(path.removesuffix("/README.md"))
+                )
+            else:
                 log.warning("%s links to %s, which is no file", page.src_uri, target)
                 continue
-            added = File.generated(config, uri, abs_src_path=str(ROOT / path))
             files.append(added)
             waiting += [added] if added.is_documentation_page() else []
     return files
@@ -117,10 +121,20 @@ def repository_path(source: str, target: str) -> str:
     return posixpath.normpath(posixpath.join(posixpath.dirname(page), urlsplit(target).path))
 
 
+def file_of(path: str) -> str:
+    """Returns the path of the page that a link to a folder shows; it can be missing."""
+    return f"{path}/README.md" if (ROOT / path).is_dir() else path
+
+
+def listing(folder: str) -> str:
+    """Returns a page with links to the files of a folder that has no page."""
+    names = sorted(each.name for each in (ROOT / folder).iterdir() if each.is_file())
+    return "\n".join([f"# {folder}\n", *(f"- [{name}]({name})" for name in names), ""])
+
+
 def site_path(path: str) -> str:
-    """Returns the place of a file of the repository in the site."""
+    """Returns the place of a file or folder of the repository in the site."""
     if path.startswith(PROTOCOL):
         return GRPC
-    if (ROOT / path).is_dir() and (ROOT / path / "README.md").is_file():
-        path = f"{path}/README.md"
+    path = file_of(path)
     return path.removeprefix(DOCS) if path.startswith(DOCS) else OUTSIDE + path

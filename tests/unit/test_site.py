@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,3 +120,51 @@ def test_no_page_of_the_site_loads_a_file_of_another_host() -> None:
         text = page.read_text(encoding="utf-8")
         found += [(page, url) for url in loaded.findall(text) + loaded_links.findall(text)]
     assert found == []
+
+
+def broken_links(site: Path) -> list[str]:
+    """Returns the links of a built site that lead to no file of it."""
+    found = []
+    for page in site.rglob("*.html"):
+        text = re.sub(r"<code.*?</code>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        links = re.findall(r'<[^>]*\b(?:src|href)="([^"#?]+)', text)
+        local = (link for link in links if not re.match(r"[a-z]+:|/", link))
+        found += [(page.name, link) for link in local if not (page.parent / link).exists()]
+    return [f"{page}: {link}" for page, link in found]
+
+
+def test_no_link_of_the_built_site_leads_to_a_missing_file() -> None:
+    if not (ROOT / "site/index.html").exists():
+        pytest.skip("`make docs` builds the site")
+    assert broken_links(ROOT / "site") == []
+
+
+LINKED = ("client", "openai-api", "http-contract", "v1-api")  # The references link to them.
+CONFIG = f"""\
+INHERIT: {ROOT}/mkdocs.yml
+hooks: [{ROOT}/docs/site/hooks.py]
+nav: [Start: [README.md, client.md, openai-api.md, http-contract.md, v1-api.md, reference]]
+watch: []
+plugins: []
+"""
+
+
+def test_make_docs_fails_on_a_broken_link(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="`make docs` installs mkdocs")
+    plan = ["make", "--dry-run", "--always-make", "--no-print-directory", "docs"]
+    printed = subprocess.run(plan, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    pages = tmp_path / "docs"
+    pages.mkdir()
+    for name in LINKED:
+        (pages / f"{name}.md").write_text(f"# {name}")
+    config = tmp_path / "mkdocs.yml"
+    references = "reference/grpc.md, reference/http.md"
+    config.write_text(CONFIG.replace("reference]", f"{references}]"))
+    links = ["nowhere.md", "client.md#nowhere", "../nowhere.py"]
+    broken = " ".join(f"[link]({link})" for link in links)
+    for text, code in (("[link](client.md#client)", 0), (broken, 1)):
+        (pages / "README.md").write_text(f"# Page\n\n{text}\n")
+        command = f"{printed.splitlines()[-1]} --config-file {config}"
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+    assert [link for link in links if link not in done.stderr] == []
