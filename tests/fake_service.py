@@ -232,6 +232,22 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
             server_version="0.1.0", models=[model], limits=limits
         )
 
+    def EstimateJob(  # noqa: N802
+        self, request: service_pb2.EstimateJobRequest, context: grpc.ServicerContext[Any, Any]
+    ) -> service_pb2.EstimateJobResponse:
+        self.note(request, context)
+        spec = job_pb2.JobSpec(model="atelier", width=624, height=416, samples=1)
+        spec.MergeFrom(request.spec)
+        return service_pb2.EstimateJobResponse(
+            spec=spec,
+            device_seconds=2.5,
+            position=1,
+            wait=Duration(seconds=3),
+            eta=Duration(seconds=6),
+            price=0.0042,
+            currency="EUR",
+        )
+
     def GetCaller(  # noqa: N802
         self, request: service_pb2.GetCallerRequest, context: grpc.ServicerContext[Any, Any]
     ) -> service_pb2.GetCallerResponse:

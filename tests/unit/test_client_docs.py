@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from tests.stack import photo
 
 PAGE = ROOT / "docs/client.md"
 LINES = "".join(block.text for block in blocks(PAGE, "sh")).replace("\\\n", "").splitlines()
-COMMANDS = [shlex.split(line)[1:] for line in LINES]
+REDIRECTS = re.compile(r" [<>|] .*")  # a shell reads these, the command does not
+COMMANDS = [shlex.split(REDIRECTS.sub("", line))[1:] for line in LINES]
 BLOCKS = [block.text for block in blocks(PAGE, "python")]
 OWN_SERVICE = [text for text in BLOCKS if "running_service" in text]
 SNIPPETS = [text for text in BLOCKS if text not in OWN_SERVICE]

@@ -14,6 +14,7 @@ from img2img_client.cli.admin import admin
 from img2img_client.cli.jobs import (
     cancel,
     capabilities,
+    estimate,
     generate,
     get,
     list_jobs,
@@ -39,5 +40,6 @@ def main() -> None:
     """
 
 
-for command in (generate, watch, get, list_jobs, cancel, redeliver, capabilities, admin):
+COMMANDS = (generate, estimate, watch, get, list_jobs, cancel, redeliver, capabilities, admin)
+for command in COMMANDS:
     main.add_command(command)

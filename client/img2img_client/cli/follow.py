@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import NoReturn
 import click
 
 from img2img_client import errors, events
+from img2img_client.cli.options import STDIO
 from img2img_client.cli.program import (
     FAILED,
     INTERRUPTED,
@@ -24,7 +26,7 @@ from img2img_client.cli.program import (
     to_json,
 )
 from img2img_client.cli.session import Session
-from img2img_client.resources import SUFFIX_FORMATS, Job, State, failure_of
+from img2img_client.resources import SUFFIX_FORMATS, Image, Job, State, failure_of
 from img2img_client.spec import ImageFormat
 from img2img_client.stream import JobStream
 
@@ -34,13 +36,22 @@ class Files:
     """The files of a job's images: out.png, or out-0.png, out-1.png, ... for several samples.
 
     `output` None: nothing is saved; with `by_id` the name is the job's id, such as 10000001.png.
+    `output` -: the image is written to stdout when the job has succeeded. `format`: that of the
+    request, which the default name gets as its suffix.
     """
 
     output: Path | None
     by_id: bool = False
+    format: str | None = None
+    standard_output: Image | None = None  # the image for stdout
     images: dict[int, Path] = field(default_factory=dict)
     previews: dict[int, Path] = field(default_factory=dict)
     _several: bool = False
+
+    @property
+    def is_stdout(self) -> bool:
+        """Whether the image goes to stdout."""
+        return self.output == Path(STDIO)
 
     def begin(self, job: Job) -> None:
         """Reads from the job's record how many images it generates, and in which format.
@@ -49,8 +60,13 @@ class Files:
             click.UsageError: the suffix names another format.
         """
         if self.output is None and self.by_id:
-            self.output = Path(f"{job.id}.png")
+            self.output = Path(f"{job.id}.{self.format or 'png'}")
         self._several = job.spec.samples > 1
+        if self.is_stdout:
+            if self._several:
+                text = f"{job.name} has several images: --output - takes jobs with one image only"
+                raise click.UsageError(text)
+            return
         format_ = job.spec.output_format
         format_ = ImageFormat.JPEG if format_ is ImageFormat.UNSPECIFIED else format_
         if self.output is not None and SUFFIX_FORMATS.get(self.output.suffix.lower()) != format_:
@@ -60,6 +76,11 @@ class Files:
     def save(self, event: events.Event) -> None:
         """Saves the event's image, if it has one."""
         if self.output is None:
+            return
+        if self.is_stdout:
+            # Another attempt of the job sends the image again, so it is written at the end.
+            if isinstance(event, events.SampleFinished):
+                self.standard_output = event.image
             return
         if isinstance(event, events.SampleFinished):
             path = self._path(self.output, event.sample, self.output.suffix)
@@ -73,18 +94,43 @@ class Files:
         return output.with_name(f"{output.stem}{number}{ending}")
 
 
-def check_output(output: Path | None) -> str:
-    """Returns the image format of the suffix, and creates the folder before any work is done.
+def check_stdout(*refused: str) -> None:
+    """Checks that an image can be written to stdout, and nothing else will be.
+
+    Args:
+        refused: the given options that print text or more than one image.
 
     Raises:
-        click.BadParameter: the suffix is not known or the file cannot be written.
+        click.BadParameter: it cannot.
     """
-    if output is None:
-        return "png"
+    hint = "--output"
+    if refused:
+        text = f"- cannot be combined with {', '.join(refused)}: stdout gets one image only"
+        raise click.BadParameter(text, param_hint=hint)
+    if sys.stdout.buffer.isatty():
+        text = "- writes the image to stdout, which is a terminal: use > FILE or a pipe"
+        raise click.BadParameter(text, param_hint=hint)
+
+
+def check_output(output: Path | None, given: str | None = None) -> str:
+    """Returns the image format of the request, and creates the folder before any work is done.
+
+    Args:
+        output: the file of the image. Its suffix is the format if `given` is None.
+        given: the value of --format.
+
+    Raises:
+        click.BadParameter: the suffix is not known or is another format, or the file cannot be
+            written.
+    """
+    if output is None or output == Path(STDIO):
+        return given or "png"
     wanted = SUFFIX_FORMATS.get(output.suffix.lower())
     if wanted is None:
         text = f"{output} must end in one of {', '.join(SUFFIX_FORMATS)}"
         raise click.BadParameter(text, param_hint="--output")
+    if given not in (None, wanted):
+        raise click.BadParameter(f"{output} is not a {given} file", param_hint="--format")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -123,7 +169,15 @@ def follow(
         facts = job_facts(job, files.images, files.previews)
         click.echo(to_json(facts | ({"error": error_facts(failure)} if failure else {})))
     else:
-        show_ended(job, files.images, files.previews)
+        image = files.standard_output
+        if image is not None and image.data and job.state is State.SUCCEEDED:
+            stdout = sys.stdout.buffer
+            stdout.write(image.data)
+            stdout.flush()
+        show_ended(job, files.images, files.previews, err=files.is_stdout)
+        if files.is_stdout and image is None and job.state is State.SUCCEEDED:
+            text = f"{job.name} has no image bytes any more: download its link"
+            raise click.ClickException(text)
     if job.state is not State.SUCCEEDED:
         raise click.exceptions.Exit(FAILED)
 

@@ -1,4 +1,4 @@
-"""`img2img generate`, `watch`, `get`, `list`, `cancel`, `redeliver` and `capabilities`."""
+"""`img2img generate`, `estimate`, `watch`, `get`, `list`, `cancel`, `redeliver`, `capabilities`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from img2img_client.cli.follow import Files, cancel_text, check_output, follow
+from img2img_client.cli.follow import Files, cancel_text, check_output, check_stdout, follow
+from img2img_client.cli.options import init_image_option, job_options, read_init_image
 from img2img_client.cli.program import job_facts
 from img2img_client.cli.session import Seconds, Session, command, read_job
 from img2img_client.resources import Job, State
@@ -16,155 +17,26 @@ from img2img_client.resources import Job, State
 STATES = [state.value for state in State if state is not State.UNSPECIFIED]
 
 
-def _read_annotations(
-    _context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]
-) -> dict[str, str] | None:
-    """Raises click.BadParameter for an annotation without an equals sign or a name twice."""
-    read: dict[str, str] = {}
-    for each in given:
-        name, equals, value = each.partition("=")
-        if not equals:
-            raise click.BadParameter(f"{each!r} is not NAME=VALUE.")
-        if name in read:
-            raise click.BadParameter(f"{name!r} is given twice.")
-        read[name] = value
-    return read or None
-
-
-def _read_loras(
-    _context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]
-) -> list[tuple[str, float]] | None:
-    """Reads NAME:SCALE or NAME. A colon that no number follows belongs to the name."""
-    read: list[tuple[str, float]] = []
-    for each in given:
-        name, _, scale = each.rpartition(":")
-        try:
-            read.append((name, float(scale)) if name else (each, 1.0))
-        except ValueError:
-            read.append((each, 1.0))
-    return read or None
-
-
 @click.command()
 @click.option("--prompt", required=True, help="Description of the image.")
-@click.option(
-    "--init-image",
-    required=True,
-    metavar="FILE|URL",
-    help="The image to start from: a PNG, JPEG or WebP file, an http(s) URL or a data URI.",
-)
-@click.option(
-    "--strength",
-    type=float,
-    help="How strongly the init image is changed: 0.0 (not at all) to 1.0 (completely). "
-    "Default: the model's, see `img2img capabilities`.",
-)
-@click.option(
-    "--noise-level",
-    "strength_mode",
-    flag_value="noise_level",
-    default=None,
-    help="Read strength as the share of noise at the first step, not as the share of steps.",
-)
-@click.option(
-    "--seed", type=int, help="The same seed gives the same images. Default, and -1: a random seed."
-)
-@click.option("--samples", type=int, help="Number of images. Default: 1.")
-@click.option("--width", type=int, help="Width in pixels. Default: the native area of the model.")
-@click.option(
-    "--height", type=int, help="Height in pixels. Default: at the aspect ratio of the init image."
-)
+@init_image_option(required=True)
 @click.option(
     "--output",
     metavar="PATH",
     type=click.Path(path_type=Path),
-    help="File of the image, such as out.png, out.jpg or out.webp. Several samples are saved as "
-    "out-0.png, out-1.png and so on. Default: the id of the job, such as 10000001.png.",
+    help="File of the image, such as out.png, out.jpg or out.webp, or - for stdout. Several "
+    "samples are saved as out-0.png, out-1.png and so on. Default: the id of the job, such as "
+    "10000001.png.",
 )
 @click.option(
-    "--output-quality",
-    type=int,
-    help="Quality of JPEG and WebP files, 1 to 100. Default: 95 and 90.",
+    "--format",
+    "output_format",
+    type=click.Choice(["png", "jpeg", "webp"]),
+    help="Format of the images. Default: that of the suffix of --output, else png.",
 )
-@click.option("--negative-prompt", help="Description of things to avoid. Needs --guidance above 1.")
-@click.option(
-    "--steps",
-    "num_inference_steps",
-    type=int,
-    help="Denoising steps of the full schedule, of which strength x steps run. Default: the "
-    "model's.",
-)
-@click.option(
-    "--guidance",
-    "guidance_scale",
-    type=float,
-    help="How closely the image follows the prompt; 1.0 and below turn guidance off. Default: the "
-    "model's.",
-)
-@click.option(
-    "--true-cfg-scale",
-    type=float,
-    help="Guidance with the negative prompt in models such as FLUX.1; 1.0 and below turn it off. "
-    "Default: off.",
-)
-@click.option("--scheduler", help="Name of the scheduler, see `img2img capabilities`.")
-@click.option(
-    "--lora",
-    "loras",
-    metavar="NAME[:SCALE]",
-    multiple=True,
-    callback=_read_loras,
-    help="A LoRA, see `img2img capabilities --json`, and the scale of its change, such as ink:0.8. "
-    "Default scale: 1.0. Can be given several times.",
-)
-@click.option("--model", help="Name of the model, see `img2img capabilities`.")
-@click.option(
-    "--preview-every",
-    "preview_interval_steps",
-    metavar="STEPS",
-    type=int,
-    help="Save a small preview, such as out-preview.jpg, after every STEPS steps.",
-)
-@click.option(
-    "--no-safety-checker",
-    "safety_checker",
-    flag_value=False,
-    default=None,
-    help="Do not check the images for unsafe content.",
-)
-@click.option("--enhance-prompt", is_flag=True, help="Let the service rewrite the prompt.")
-@click.option("--temp", is_flag=True, help="Store the images for 24 hours only.")
-@click.option("--base64", is_flag=True, help="Store the images as base64 text files.")
-@click.option(
-    "--annotation",
-    "annotations",
-    metavar="NAME=VALUE",
-    multiple=True,
-    callback=_read_annotations,
-    help="Your own note on the job, returned unchanged. Can be given several times.",
-)
-@click.option(
-    "--allow-partial",
-    is_flag=True,
-    help="Succeed with the images that could be stored if others fail.",
-)
-@click.option(
-    "--prompt-weights",
-    is_flag=True,
-    help='Read "(words:1.3)", "[words]" and BREAK in the prompts as weights and chunks.',
-)
-@click.option(
-    "--clip-skip",
-    type=int,
-    help="Skip so many of the last layers of the CLIP text encoders. Default: 0.",
-)
-@click.option("--webhook", metavar="URL", help="URL that receives a POST when the job has ended.")
-@click.option("--track-id", help="Your own reference for the job.")
+@job_options
 @click.option(
     "--request-id", metavar="UUID", help="A request with the same id returns the same job."
-)
-@click.option(
-    "--batch", "lane", flag_value="batch", default=None, help="Run after all realtime jobs."
 )
 @click.option("--detach", is_flag=True, help="Queue the job, print its name and return.")
 @click.option(
@@ -181,22 +53,46 @@ def generate(
     prompt: str,
     init_image: str,
     output: Path | None,
+    output_format: str | None,
     detach: bool,
     request_id: str | None,
     timeout_seconds: float | None,
     **options: Any,
 ) -> None:
     """Generate images from an init image and a prompt, and save them. Ctrl-C cancels the job."""
-    options |= {"output_format": check_output(output), "request_id": request_id}
+    files = Files(output, by_id=True, format=output_format)
+    options |= {"output_format": check_output(output, output_format), "request_id": request_id}
+    if files.is_stdout:
+        refused = {"--json": session.as_json, "--detach": detach}
+        refused |= {"--samples": (options["samples"] or 1) > 1}
+        refused |= {"--preview-every": options["preview_interval_steps"] is not None}
+        check_stdout(*(name for name, is_given in refused.items() if is_given))
+    source = read_init_image(init_image)
     if detach:
         if timeout_seconds is not None:
             raise click.UsageError("--timeout cannot be combined with --detach")
-        job = session.client.create(prompt, init_image, **options)
+        job = session.client.create(prompt, source, **options)
         session.answer(job, lambda: _queued(job, output))
         return
-    stream = session.client.stream(prompt, init_image, timeout_seconds=timeout_seconds, **options)
-    files = Files(output, by_id=True)
+    stream = session.client.stream(prompt, source, timeout_seconds=timeout_seconds, **options)
     follow(session, stream, files, ours=True, timeout_seconds=timeout_seconds)
+
+
+@click.command()
+@click.option("--prompt", required=True, help="Description of the image.")
+@init_image_option(required=False)
+@job_options
+@command
+def estimate(session: Session, *, prompt: str, init_image: str | None, **options: Any) -> None:
+    """Estimate the time and the price of a job without creating it.
+
+    Without --init-image a square init image is assumed.
+    """
+    from img2img_client.cli.report import show_estimate
+
+    source = None if init_image is None else read_init_image(init_image)
+    found = session.client.estimate(prompt, source, **options)
+    session.answer(found, lambda: show_estimate(found))
 
 
 def _queued(job: Job, output: Path | None) -> None:
@@ -220,15 +116,18 @@ def _queued(job: Job, output: Path | None) -> None:
     "--output",
     metavar="PATH",
     type=click.Path(path_type=Path),
-    help="Save the images to this file. Its suffix must match the format of the job's images. "
-    "Default: save nothing.",
+    help="Save the images to this file. Its suffix must match the format of the job's images; - is "
+    "stdout. Default: save nothing.",
 )
 @command
 def watch(session: Session, *, job: str, after: int, output: Path | None) -> None:
     """Follow a job to its end. Ctrl-C leaves the job running."""
+    files = Files(output)
     check_output(output)
+    if files.is_stdout:
+        check_stdout(*(["--json"] if session.as_json else []))
     stream = session.client.watch(job, after_sequence=after)
-    follow(session, stream, Files(output), ours=False)
+    follow(session, stream, files, ours=False)
 
 
 @click.command()

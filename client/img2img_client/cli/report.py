@@ -15,6 +15,7 @@ from rich.text import Text
 from img2img_client.cli.program import count
 from img2img_client.resources import (
     Capabilities,
+    Estimate,
     Job,
     Limits,
     Model,
@@ -46,27 +47,32 @@ MIN_PROMPT_WIDTH, GAP = 12, 2
 COLOURS = {State.SUCCEEDED: "green", State.FAILED: "red", State.CANCELLED: "yellow"}
 
 
-def show_ended(job: Job, files: Mapping[int, Path], previews: Mapping[int, Path]) -> None:
-    """Prints the paths, links and seeds of an ended job, and its timings."""
+def show_ended(
+    job: Job, files: Mapping[int, Path], previews: Mapping[int, Path], *, err: bool = False
+) -> None:
+    """Prints the paths, links and seeds of an ended job, and its timings; on stderr with `err`."""
     for sample in job.samples:
         path = files.get(sample.index)
         size = f"{job.spec.width}x{job.spec.height}"
         blank = ", replaced by the safety checker" if sample.nsfw else ""
-        click.echo(f"{path or f'sample {sample.index}'}  {size}, seed {sample.seed}{blank}")
+        click.echo(
+            f"{path or f'sample {sample.index}'}  {size}, seed {sample.seed}{blank}", err=err
+        )
         if sample.error:
-            click.echo(f"  failed ({sample.error.reason}): {sample.error.message}")
+            click.echo(f"  failed ({sample.error.reason}): {sample.error.message}", err=err)
         if sample.index in previews:
-            click.echo(f"  preview {previews[sample.index]}")
+            click.echo(f"  preview {previews[sample.index]}", err=err)
         if sample.url:
-            click.echo(f"  {sample.url}")
+            click.echo(f"  {sample.url}", err=err)
     if job.warning:
-        click.echo(f"Warning: {job.warning}")
+        click.echo(f"Warning: {job.warning}", err=err)
     if job.state is not State.SUCCEEDED:
         reason = f" ({job.error.reason}): {job.error.message}" if job.error else ""
         click.echo(f"Error: {job.name} {job.state}{reason}", err=True)
     if job.timings is not None and job.state is State.SUCCEEDED:
-        click.echo(f"\n{job.name} with {job.spec.model} on {job.device}, worker {job.worker}")
-        _print(timings_table(job.timings))
+        head = f"\n{job.name} with {job.spec.model} on {job.device}, worker {job.worker}"
+        click.echo(head, err=err)
+        _print(timings_table(job.timings), err=err)
 
 
 def timings_table(timings: Timings) -> Table:
@@ -117,6 +123,29 @@ def show_job(job: Job) -> None:
         click.echo(url)
     if job.timings is not None and job.state.is_terminal:
         _print(timings_table(job.timings))
+
+
+def show_estimate(found: Estimate) -> None:
+    """Prints the time and the price of a job that was not created."""
+    spec = found.spec
+    unknown = "unknown until a worker has measured the model"
+    device = f"{found.device_seconds:.2f} s" if found.device_seconds else unknown
+    wait = "unknown" if found.wait_seconds is None else f"about {found.wait_seconds:.0f} s"
+    end = "unknown" if found.eta_seconds is None else f"in about {found.eta_seconds:.0f} s"
+    rows = {
+        "model": spec.model,
+        "size": f"{spec.width}x{spec.height}, " + count(spec.samples, "sample"),
+        "device time": device,
+        "wait": f"{wait}, {count(found.position, 'job')} ahead",
+        "expected": end,
+        "price": f"{found.price:.6g} {found.currency}" if found.currency else "",
+        "warning": found.warning,
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, text in rows.items():
+        if text:
+            table.add_row(Text(name, style="dim"), Text(text))
+    _print(table)
 
 
 def with_reason(state: str, job: Job) -> str:
@@ -222,10 +251,12 @@ def _time(moment: datetime | None) -> str:
     return "" if moment is None else moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
-def _print(table: Table) -> None:
-    _console().print(table)
+def _print(table: Table, *, err: bool = False) -> None:
+    _console(err).print(table)
 
 
-def _console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PIPE_COLUMNS)
+def _console(err: bool = False) -> Console:
+    console = Console(highlight=False, stderr=err)
+    if console.is_terminal:
+        return console
+    return Console(highlight=False, stderr=err, width=PIPE_COLUMNS)
