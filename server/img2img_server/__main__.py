@@ -191,7 +191,14 @@ def _in_days(days: float | None) -> datetime | None:
 @click.argument("source")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--revision", default="", help="Branch, tag or commit of a hub model.")
-def fetch_model(source: str, folder: Path, revision: str) -> None:
+@click.option(
+    "--parts",
+    "only_parts",
+    is_flag=True,
+    help="Fetch the parts that single files do not hold into FOLDER/FAMILY. SOURCE may be the name "
+    "of a family, such as flux.",
+)
+def fetch_model(source: str, folder: Path, revision: str, only_parts: bool) -> None:
     """Fetch a model once, from s3://bucket/prefix or a hub id, into FOLDER."""
     with _ending("fetch-model", "server"):  # Only hub models need the extra `worker`.
         from img2img_server.setting_checks import checked_settings
@@ -200,8 +207,9 @@ def fetch_model(source: str, folder: Path, revision: str) -> None:
         settings = checked_settings("fetch-model")
         configure_logging(settings, "fetch-model")
         from img2img_server.fetch_model import fetch_model
+        from img2img_server.fetch_parts import fetch_parts
 
-        fetch_model(settings, source, folder, revision)
+        (fetch_parts if only_parts else fetch_model)(settings, source, folder, revision)
 
 
 @main.command()

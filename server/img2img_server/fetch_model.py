@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import socket
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -43,6 +44,9 @@ from img2img_server.settings import Settings
 from img2img_server.storage.s3_access import BUCKET, S3Access
 from img2img_server.storage.s3_blobs import CONNECT_SECONDS, READ_SECONDS
 from img2img_server.storage.s3_faults import FAULTS, explain
+
+Parts = Collection[str]
+Needed = Callable[[ModelFiles], Parts]
 
 THREADS: Final = 4
 LIST: Final = ".img2img-fetched.json"  # the names of the files that were fetched into its folder
@@ -70,7 +74,7 @@ def fetch_model(settings: Settings, source: str, target: Path, revision: str = "
         )
     if revision and source.startswith("s3://"):
         raise ModelError("--revision is for hub models; objects on an S3 server have none")
-    broken = _fault(target, settings)
+    broken = fault_of(target, settings)
     if broken is None:
         log.info("model_exists", folder=str(target))
         return False
@@ -78,24 +82,24 @@ def fetch_model(settings: Settings, source: str, target: Path, revision: str = "
         log.warning("model_incomplete", folder=str(target), reason=broken)
     try:
         if source.startswith("s3://"):
-            draft = _from_s3(settings, source, target)
+            draft = from_s3(settings, source, target)
         else:
-            draft = _draft(target, source, revision)
-            _from_hub(settings, source, revision, draft)
+            draft = draft_of(target, source, revision)
+            from_hub(settings, source, revision, draft)
         if not (draft / INDEX).is_file():
             raise ModelError(f"{source} is no diffusers model: it has no {INDEX}")
         try:
-            _prove(draft, settings)
+            prove(draft, settings)
         except ModelError as error:
             why = str(error).replace(str(draft), source)
             raise ModelError(f"{source} was fetched, but does not load: {why}") from error
-        return _publish(draft, target, source, settings)
+        return publish(draft, target, source, settings)
     except OSError as error:
         why = " ".join(str(error).split())
         raise ModelError(f"{source} cannot be fetched: {why}") from error
 
 
-def _fault(target: Path, settings: Settings) -> str | None:
+def fault_of(target: Path, settings: Settings, without: Parts = ()) -> str | None:
     """Returns why a folder has to be fetched; empty if nothing is there, None if it is complete.
 
     Raises:
@@ -111,7 +115,7 @@ def _fault(target: Path, settings: Settings) -> str | None:
         listed, files = _listed(target), _files(target)
         if not files:
             return ""
-        check_files(target, allow_pickles=settings.allow_pickles)
+        check_files(target, allow_pickles=settings.allow_pickles, without=without)
     except FileNotFoundError:  # Another process has renamed the folder.
         return ""
     except OSError as error:
@@ -151,7 +155,7 @@ def _listed(folder: Path) -> set[str]:
     return {LIST, *map(str, names)} if isinstance(names, list) else set()
 
 
-def check_files(folder: Path, *, allow_pickles: bool = False) -> None:
+def check_files(folder: Path, *, allow_pickles: bool = False, without: Parts = ()) -> None:
     """Checks that each part of a model in diffusers' layout has its files, all of them whole.
 
     Raises:
@@ -163,6 +167,8 @@ def check_files(folder: Path, *, allow_pickles: bool = False) -> None:
     family = detect(files, str(folder))
     family.check_parts(files)
     for name, (_, class_name) in family.parts(files).items():
+        if name in without:
+            continue
         has_weights = not re.search(r"Tokenizer|Scheduler|Processor", class_name)
         if has_weights:
             weights_of(folder / name, allow_pickles=allow_pickles)
@@ -170,7 +176,7 @@ def check_files(folder: Path, *, allow_pickles: bool = False) -> None:
             raise ModelError(f"the model has no folder {folder / name}, which {class_name} needs")
 
 
-def _draft(target: Path, *source: str) -> Path:
+def draft_of(target: Path, *source: str) -> Path:
     """Creates this host's draft of a source; removes its drafts of other sources."""
     start = f".{target.name}.{socket.gethostname()}"
     digest = hashlib.sha256("\0".join(source).encode()).hexdigest()[:12]
@@ -184,7 +190,9 @@ def _draft(target: Path, *source: str) -> Path:
     return draft
 
 
-def _publish(draft: Path, target: Path, source: str, settings: Settings) -> bool:
+def publish(
+    draft: Path, target: Path, source: str, settings: Settings, without: Parts = ()
+) -> bool:
     """Gives the draft the name of its target. Returns False if a complete model is there already.
 
     Raises:
@@ -194,12 +202,13 @@ def _publish(draft: Path, target: Path, source: str, settings: Settings) -> bool
     files = sorted(_files(draft) - {LIST})
     text = json.dumps({"source": source, "files": files}, indent=1)
     (draft / LIST).write_text(text + "\n", encoding="utf-8")
-    if _fault(target, settings):
-        _remove_incomplete(target, draft.with_name(f"{draft.name}.replaced"), settings)
+    if fault_of(target, settings, without):
+        aside = draft.with_name(f"{draft.name}.replaced")
+        _remove_incomplete(target, aside, settings, without)
     try:
         draft.rename(target)
     except OSError:
-        if _fault(target, settings) is not None:
+        if fault_of(target, settings, without) is not None:
             raise
         shutil.rmtree(draft)  # Another process has fetched the model meanwhile.
         log.info("model_exists", folder=str(target))
@@ -208,7 +217,7 @@ def _publish(draft: Path, target: Path, source: str, settings: Settings) -> bool
     return True
 
 
-def _remove_incomplete(target: Path, aside: Path, settings: Settings) -> None:
+def _remove_incomplete(target: Path, aside: Path, settings: Settings, without: Parts) -> None:
     """Removes an incomplete model that was fetched, by way of the name `aside`.
 
     Another process may publish a complete model until the target is renamed, so the folder is
@@ -224,7 +233,7 @@ def _remove_incomplete(target: Path, aside: Path, settings: Settings) -> None:
     if not aside.exists():
         return
     try:
-        is_incomplete = _fault(aside, settings) is not None
+        is_incomplete = fault_of(aside, settings, without) is not None
     except ModelError as error:
         aside.rename(target)
         raise ModelError(str(error).replace(str(aside), str(target))) from error
@@ -245,7 +254,7 @@ def _remove_fetched(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _from_s3(settings: Settings, source: str, target: Path) -> Path:
+def from_s3(settings: Settings, source: str, target: Path, without: Parts = ()) -> Path:
     """Returns the draft for the current objects. Raises ModelError, SettingsError."""
     bucket, _, prefix = source.removeprefix("s3://").partition("/")
     if not bucket:
@@ -253,7 +262,8 @@ def _from_s3(settings: Settings, source: str, target: Path) -> Path:
     access = replace(S3Access.from_settings(settings), bucket=bucket)
     try:
         return _objects(
-            access, settings.s3_endpoint_url, f"{prefix.strip('/')}/".lstrip("/"), target
+            *(access, settings.s3_endpoint_url, f"{prefix.strip('/')}/".lstrip("/"), target),
+            without,
         )
     except OSError:  # errors of the disk; urllib3 has its own errors for the network
         raise
@@ -263,18 +273,25 @@ def _from_s3(settings: Settings, source: str, target: Path) -> Path:
         raise ModelError(f"{source} cannot be fetched: {why}") from error
 
 
-def _objects(access: S3Access, endpoint_url: str, prefix: str, target: Path) -> Path:
+def _objects(
+    access: S3Access, endpoint_url: str, prefix: str, target: Path, without: Parts
+) -> Path:
     bucket = access.bucket
     connections = urllib3.PoolManager(
         maxsize=THREADS, timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS)
     )
     client = access.client(connections)
     found = client.list_objects(bucket, prefix=prefix, recursive=True)
-    listed = [each for each in found if not each.is_dir]
+    listed = [
+        each
+        for each in found
+        if not each.is_dir
+        and (each.object_name or "").removeprefix(prefix).partition("/")[0] not in without
+    ]
     if not listed:
         raise ModelError(f"there is nothing at s3://{bucket}/{prefix.rstrip('/')}")
     versions = (f"{each.object_name} {each.etag}" for each in listed)
-    draft = _draft(target, endpoint_url, bucket, *versions)
+    draft = draft_of(target, endpoint_url, bucket, *versions)
     files = [(each.object_name or "", each.size or 0) for each in listed]
     with ThreadPoolExecutor(THREADS) as pool:
         wanted = [(name, size, _place(draft, name.removeprefix(prefix))) for name, size in files]
@@ -299,7 +316,9 @@ def _place(draft: Path, name: str) -> Path:
     return path
 
 
-def _from_hub(settings: Settings, source: str, revision: str, draft: Path) -> None:
+def from_hub(
+    settings: Settings, source: str, revision: str, draft: Path, needed: Needed | None = None
+) -> None:
     """Downloads the files of a hub model that are loaded. Raises ModelError."""
     if not is_installed("huggingface_hub"):
         raise ModelError("hub models need the extra worker: pip install 'img2img-service[worker]'")
@@ -312,7 +331,7 @@ def _from_hub(settings: Settings, source: str, revision: str, draft: Path) -> No
         hub_id = HubId(hub_id.repo, revision)
     download_model(
         hub_id,
-        partial(parts_to_load, source=source),
+        needed or partial(parts_to_load, source=source),
         local_dir=draft,
         allow_pickles=settings.allow_pickles,
     )
@@ -320,19 +339,19 @@ def _from_hub(settings: Settings, source: str, revision: str, draft: Path) -> No
     shutil.rmtree(draft / ".cache", ignore_errors=True)
 
 
-def _prove(folder: Path, settings: Settings) -> None:
+def prove(folder: Path, settings: Settings, without: Parts = ()) -> None:
     """Loads each part of a model once, on the CPU, without keeping it.
 
     Raises:
         ModelError: A part cannot be loaded.
     """
     if not all(map(is_installed, ("diffusers", "transformers"))):
-        check_files(folder, allow_pickles=settings.allow_pickles)
+        check_files(folder, allow_pickles=settings.allow_pickles, without=without)
         log.warning("model_not_loaded", reason="the extra worker is not installed")
         return
     from img2img_server.engine.diffusers.parts import prove_parts  # Importing it takes seconds.
 
-    prove_parts(folder, allow_pickles=settings.allow_pickles)
+    prove_parts(folder, allow_pickles=settings.allow_pickles, without=without)
 
 
 def is_installed(package: str) -> bool:

@@ -6,7 +6,7 @@ import importlib
 import logging
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final, Literal
@@ -82,10 +82,15 @@ def load_parts(
     return parts
 
 
-def prove_parts(folder: Path, *, allow_pickles: bool = False) -> None:
+def prove_parts(
+    folder: Path, *, allow_pickles: bool = False, without: Collection[str] = ()
+) -> None:
     """Loads each part of a model in the number format of its files, one after the other.
 
     No weights are kept, and they stay in their mapped files, so this needs little memory.
+
+    Args:
+        without: Parts that the folder does not have.
 
     Raises:
         ModelError: No family serves the model, or a part is missing, damaged or incomplete.
@@ -96,6 +101,8 @@ def prove_parts(folder: Path, *, allow_pickles: bool = False) -> None:
     family.check_parts(files)
     kept: dict[str, Any] = {}
     for name, entry in sorted(family.parts(files).items()):
+        if name in without:
+            continue
         part = load_part(name, entry, folder, "auto", None, allow_pickles)
         kept[name] = SimpleNamespace(config=part.config) if hasattr(part, "config") else part
         del part

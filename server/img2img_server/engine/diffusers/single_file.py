@@ -183,6 +183,7 @@ def _from_folder(
             f"{path} does not hold the {name} ({entry[1]}) of the family {family.name}: set "
             f"IMG2IMG_MODEL_PARTS_DIR to a folder that has it as {family.name}/{name}"
             f"{_or_file(family, name)}"
+            f"{_command(family, 'FOLDER')}"
         )
     folder = parts_dir / family.name
     if (folder / name).is_dir():
@@ -191,9 +192,15 @@ def _from_folder(
         return _from_file(family, name, entry[1], file, dtype)
     raise ModelError(
         f"{path} does not hold the {name} ({entry[1]}), and there is no folder "
-        f"{folder / name}: put it there in diffusers' layout{_or_file(family, name)}",
+        f"{folder / name}: put it there in diffusers' layout{_or_file(family, name)}"
+        f"{_command(family, parts_dir)}",
         setting="model_parts_dir",
     )
+
+
+def _command(family: Family, folder: Path | str) -> str:
+    """Returns the end of a sentence with the command that fetches the parts of a family."""
+    return f". To fetch all parts: img2img-server fetch-model --parts {family.name} {folder}"
 
 
 def _or_file(family: Family, name: str) -> str:
