@@ -78,11 +78,13 @@ def main() -> int:
     torch, known = compiled_from("torch"), pinned() - {"torch"}
     torch = {name: entry for name, entry in torch.items() if name not in known}
     write("torch", torch)
-    before, included = set(torch), ""
+    before, included = dict(torch), ""
     for extra in EXTRAS:
         entries = compiled("pyproject.toml", "--extra", extra)
-        write(extra, {name: entries[name] for name in entries.keys() - before}, included)
-        before, included = before | entries.keys(), extra
+        # An extra can need a package on more platforms than the extra before.
+        new = {n: e for n, e in entries.items() if n not in torch and before.get(n) != e}
+        write(extra, new, included)
+        before, included = before | entries, extra
     return 0
 
 
