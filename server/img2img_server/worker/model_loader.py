@@ -127,9 +127,11 @@ class EngineLoader:
 
         settings = model.settings
         options = EngineOptions.of(settings)
+        defaults = ModelDefaults.of(settings)
+        read_model_spec(settings.model, defaults=defaults)  # It names a missing model best.
         source = settings.model or str(packaged_model())
         found = find_model(source, allow_pickles=settings.allow_pickles)
-        spec = read_model_spec(settings.model, found, ModelDefaults.of(settings))
+        spec = read_model_spec(settings.model, found, defaults)
         info = replace(spec.info, loras=_lora_names(settings.lora_dir))
         size = weights_size(found, options, self._device)
         self._check_size(size)

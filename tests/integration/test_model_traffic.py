@@ -1,0 +1,81 @@
+"""Two workers share three models, with room for one model on each, while the traffic shifts."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from img2img.v1 import job_pb2
+from img2img_server.nats.bus import connect_bus
+from img2img_server.settings import Settings
+from img2img_server.telemetry import MODEL_SWAPS
+from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
+from tests.catalogues import FakeLoader, catalogue_worker
+from tests.stack import Api, running_api, settings, spec
+
+MODELS = {"a": 4, "b": 4, "c": 4}
+LIMIT = 200
+SWAP_SECONDS = 0.4
+LOAD_SECONDS = 0.1
+
+
+def engine(name: str) -> FakeEngine:
+    """Returns an engine that runs one job at a time, in 120 ms."""
+    model = replace(FAKE_MODEL, name=name)
+    return FakeEngine(model, step_seconds=0.03, max_batch_size=1, state_key=name)
+
+
+def loader() -> FakeLoader:
+    return FakeLoader(MODELS, budget=4, load_seconds=LOAD_SECONDS, make=engine)
+
+
+async def flood(api: Api, model: str, number: int) -> list[job_pb2.Job]:
+    """Creates jobs as fast as possible; returns them once they have succeeded."""
+    jobs = [await api.create(spec(model=model, strength=1.0)) for _ in range(number)]
+    return [await api.reaches(job.name, job_pb2.Job.STATE_SUCCEEDED) for job in jobs]
+
+
+def waits(jobs: list[job_pb2.Job]) -> list[float]:
+    return [
+        job.start_time.ToMicroseconds() / 1e6 - job.create_time.ToMicroseconds() / 1e6
+        for job in jobs
+    ]
+
+
+async def test_no_job_is_lost_and_none_starves_while_traffic_shifts_between_models(
+    engine_settings: Callable[..., Settings],
+) -> None:
+    first, second = loader(), loader()
+    swapped = {name: MODEL_SWAPS.labels(name)._value.get() for name in MODELS}
+    options = {"model_swap_seconds": SWAP_SECONDS, "queue_limit": LIMIT}
+    async with (
+        connect_bus(engine_settings(queue_limit=LIMIT)) as bus,
+        catalogue_worker(bus, first, name="w1", **options),
+        catalogue_worker(bus, second, name="w2", **options),
+        running_api(bus, settings(queue_limit=LIMIT)) as api,
+    ):
+        began = time.monotonic()
+        alone = await flood(api, "a", 6)
+        # Both workers have more jobs of a and b than they can run, and then one job of c comes.
+        flooding = [asyncio.create_task(flood(api, name, 18)) for name in "ab"]
+        await asyncio.sleep(0.6)
+        rare = await flood(api, "c", 2)
+        often = [job for flooded in flooding for job in await flooded]
+        # The traffic shifts to c.
+        late = await flood(api, "c", 6)
+        seconds = time.monotonic() - began
+    jobs = [*alone, *rare, *often, *late]
+    assert len({job.name for job in jobs}) == 6 + 2 + 36 + 6
+    assert max(job.attempt for job in jobs) == 1
+    loads = [*first.loads, *second.loads]
+    swaps = sum(MODEL_SWAPS.labels(name)._value.get() - swapped[name] for name in MODELS)
+    assert swaps == len(loads) - 2  # Each worker begins with one model and has room for one.
+    assert first.most_bytes == second.most_bytes == 4
+    assert {"a", "b", "c"} <= set(loads)
+    # Each of the two other models may run for the bound, its last job and a load before c runs.
+    turn = SWAP_SECONDS + LOAD_SECONDS + 0.3
+    assert max(waits(rare)) < 2 * turn + 1.0, waits(rare)  # A second for a loaded machine.
+    # A worker keeps a model with jobs for the bound, so it swaps no more often than this.
+    assert len(loads) <= 2 + 2 * seconds / SWAP_SECONDS
