@@ -175,7 +175,7 @@ class JobNotFoundError(ServiceError):
 
 
 class ModelNotFoundError(ServiceError):
-    """No worker ever announced this model, but other models."""
+    """No worker has announced this model within the stated time, but other models."""
 
     code = Code.NOT_FOUND
     reason = "MODEL_NOT_FOUND"

@@ -44,6 +44,8 @@ _FOREIGN = {
         *("NATS_CA_FILE", "NATS_CERT_FILE", "NATS_KEY_FILE", "S3_SESSION_TOKEN"),
     )
 }
+# In the state folder: settings for another worker, with the credentials of the servers.
+WORKER_FILE = "worker.env"
 _START_SECONDS = 600.0  # seconds; a large model on a slow disk takes minutes
 _PROBE_TIMEOUT = aiohttp.ClientTimeout(total=2.0)
 
@@ -60,7 +62,6 @@ async def serve_local(
         UnavailableError: A server does not start, or a child died. The message has its last log
             line.
     """
-    has_default = bool(settings.default_model)
     settings, metrics_ports = local_settings(settings)
     try:
         # The servers start in the background, while the worker loads its model.
@@ -78,8 +79,8 @@ async def serve_local(
                 await first_of(stop.wait(), downloading)
             if stop.is_set():
                 return
-            if not has_default:
-                settings = settings.model_copy(update={"default_model": downloading.result()})
+            downloading.result()
+            write_private(settings.state_dir / WORKER_FILE, worker_file(settings, engines))
             roles = [_role(name, settings, engines, port) for name, port in metrics_ports.items()]
             for role in roles:  # The roles stop in reverse order: gateway, api, worker.
                 stack.push_async_callback(role.stop)
@@ -118,40 +119,29 @@ def local_settings(settings: Settings) -> tuple[Settings, dict[str, int]]:
             "dev_key": settings.api_keys_file is None,
             "grpc_port": grpc_port,
             "http_port": http_port,
-            "default_model": settings.default_model or _first_model(settings),
             "outbound_allow": settings.outbound_allow or allowed,
         }
     )
     return ours, dict(zip(METRICS_PORTS, metrics_ports, strict=True))
 
 
-def _first_model(settings: Settings) -> str:
-    """Returns the name of the worker's model, or of the first one of its catalogue."""
-    if settings.models_file is not None:
-        return read_catalogue(settings)[0].name
-    return read_model_spec(settings.model, defaults=ModelDefaults.of(settings)).name
-
-
-def _download(settings: Settings) -> str:
+def _download(settings: Settings) -> None:
     """Downloads the model of a hub id into the cache, where the worker finds it. Blocks.
 
-    Returns:
-        The name of the model. With a catalogue, it is the name of the first one; the worker
-        downloads the others while it serves.
+    With a catalogue, it downloads the first model; the worker downloads the others while it serves.
 
     Raises:
         SettingsError: It cannot be downloaded.
     """
     if settings.models_file is not None:
-        first = read_catalogue(settings)[0]
         with suppress(SettingsError):  # The worker serves the other models.
-            _download(first.settings)
-        return first.name
+            _download(read_catalogue(settings)[0].settings)
+        return
     defaults, found = ModelDefaults.of(settings), None
     try:
         if not Path(settings.model).exists() and HubId.parse(settings.model):
             found = find_model(settings.model, allow_pickles=settings.allow_pickles)
-        return read_model_spec(settings.model, found, defaults).name
+        read_model_spec(settings.model, found, defaults)
     except ModelError as error:
         raise SettingsError(error.mistake) from error
 
@@ -202,6 +192,19 @@ def _environment(settings: Settings, engines: LocalServers, metrics_port: int) -
     }
     ours = {key: value for key, value in os.environ.items() if key.upper() not in _FOREIGN}
     return {**ours, **{PREFIX + name: str(value) for name, value in chosen.items()}}
+
+
+def worker_file(settings: Settings, engines: LocalServers) -> str:
+    """Returns the settings that another worker needs to join this service, for a shell."""
+    chosen = {
+        "NATS_URL": engines.nats_url,
+        "S3_ENDPOINT_URL": engines.s3_endpoint_url,
+        "S3_ACCESS_KEY": engines.s3_access_key,
+        "S3_SECRET_KEY": engines.s3_secret_key,
+        "STORAGE_KEYS": settings.storage_keys.get_secret_value(),
+        "OUTBOUND_ALLOW": settings.outbound_allow,
+    }
+    return "".join(f"{PREFIX}{name}={shlex.quote(str(it))}\n" for name, it in chosen.items())
 
 
 async def _start(roles: list[Child]) -> None:

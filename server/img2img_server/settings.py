@@ -233,6 +233,9 @@ class Settings(BaseSettings):
     """Model of requests without a model. Empty: the first by name of the models that workers
     announced.
     """
+    unserved_model_hours: float = Field(168.0, ge=0, le=24 * 366)
+    """Hours after which a model that no worker serves leaves the list of models, so that requests
+    for it are refused. 0: never."""
     default_scheduler: str = ""
     """Scheduler of requests without a scheduler. Empty: the model's own default."""
     default_num_inference_steps: int = Field(0, ge=0, le=1000)

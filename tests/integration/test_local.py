@@ -139,24 +139,33 @@ async def test_it_makes_an_image_and_stops_cleanly_with_all_its_children(tmp_pat
             )
             models = [model.name for model in (await client.capabilities()).models]
         assert result.job.samples[0].url.startswith(stack.http_url)
-        assert (tmp_path / "state" / "storage.key").stat().st_mode & 0o777 == 0o600
+        for file in ("storage.key", "worker.env"):
+            assert (tmp_path / "state" / file).stat().st_mode & 0o777 == 0o600
         assert models == ["tiny"]
     assert [child for child in children if child.is_running()] == []
 
 
-async def test_it_starts_a_worker_again_that_was_reported_to_restart(tmp_path: Path) -> None:
-    model = write_sd(tmp_path / "tiny", tiny_vae=True)
-    async with local_stack(tmp_path / "state", IMG2IMG_MODEL=str(model)) as stack:
+async def test_a_restarted_worker_serves_the_model_that_took_the_place_of_the_default_one(
+    tmp_path: Path,
+) -> None:
+    link = tmp_path / "current"
+    link.symlink_to(write_sd(tmp_path / "before", tiny_vae=True))
+    async with local_stack(tmp_path / "state", IMG2IMG_MODEL=str(link)) as stack:
+        link.unlink()
+        link.symlink_to(write_sd(tmp_path / "after", tiny_vae=True))
         old = role(stack.pid, "worker")
         assert old is not None
         async with AsyncClient(stack.grpc_address, api_key="dev-key") as client:
             await client.admin.restart_server()
             await asyncio.to_thread(old.wait, 60)
             new = await eventually(lambda: role(stack.pid, "worker"))
-            await client.generate(
+            while (await client.capabilities()).models[0].name != "after":  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+            result = await client.generate(
                 "a cat", PHOTO, width=256, height=256, strength=0.5, num_inference_steps=4
             )
         assert new.pid != old.pid
+        assert result.job.spec.model == "after"
 
 
 async def eventually(find: Callable[[], psutil.Process | None]) -> psutil.Process:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import grpc
 import pytest
 
 from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc, job_pb2, service_pb2
-from img2img_server.domain.models import ModelState
+from img2img_server.domain.models import ModelState, WorkerInfo
 from img2img_server.domain.params import Lane
 from img2img_server.errors import OperatorError, UnavailableError
 from img2img_server.interfaces.queue import WorkerCommand
 from img2img_server.lifecycle import RestartError
-from img2img_server.nats.bus import Bus
+from img2img_server.nats.bus import Bus, connect_bus
+from img2img_server.settings import Settings
 from img2img_server.telemetry import MODEL_LOADED, MODEL_SWAPS
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
@@ -279,3 +281,62 @@ async def test_an_operator_retries_a_model_that_failed() -> None:
 async def capabilities(api: Api) -> service_pb2.GetCapabilitiesResponse:
     request = service_pb2.GetCapabilitiesRequest()
     return await api.stub.GetCapabilities(request, metadata=OPERATOR, timeout=10)
+
+
+async def test_requests_without_a_model_get_the_first_one_of_the_catalogue_in_any_state() -> None:
+    bus, loader = memory_bus(), FakeLoader({"z": 4, "a": 4}, budget=4)
+    async with (
+        catalogue_worker(bus, loader),
+        running_api(bus, settings(default_model="")) as api,
+    ):
+        await run(api, "a")
+        assert loader.loaded == {"a"}
+        assert [each.name for each in (await capabilities(api)).models] == ["z", "a"]
+        job = await api.create(spec(strength=1.0))
+        assert (await api.reaches(job.name, SUCCEEDED)).spec.model == "z"
+    assert loader.loads == ["z", "a", "z"]
+
+
+async def test_models_of_two_owners_are_two_models() -> None:
+    bus, loader = memory_bus(), FakeLoader({"x/model": 4, "y/model": 4, "y/other": 4})
+    async with catalogue_worker(bus, loader), running_api(bus) as api:
+        names = ["x/model", "y/model", "other"]
+        jobs = [await run(api, name) for name in names]
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await api.create(spec(model="model"))
+    assert [job.spec.model for job in jobs] == ["x/model", "y/model", "y/other"]
+    assert refusal(error.value).reason == "MODEL_NOT_FOUND"
+
+
+async def test_a_warning_says_that_no_worker_serves_the_model() -> None:
+    bus = memory_bus()
+    async with catalogue_worker(bus, FakeLoader(THREE)):
+        pass
+    async with running_api(bus) as api:
+        job = await api.create(spec(model="b"))
+        assert job.warning == "No worker serves the model b now; the job waits until one does."
+        async with catalogue_worker(bus, FakeLoader(THREE)):
+            await api.reaches(job.name, SUCCEEDED)
+            assert (await api.create(spec(model="c"))).warning == ""
+
+
+async def test_a_model_that_no_worker_serves_leaves_the_list_after_the_stated_time(
+    engine_settings: Callable[..., Settings],
+) -> None:
+    config = engine_settings(unserved_model_hours=0.5 / 3600)
+    async with connect_bus(config) as bus:
+        await bus.workers.announce(WorkerInfo(name="w", model=FAKE_MODEL, device="cpu"))
+        assert [model.name for model in await bus.workers.models()] == ["fake"]
+        async with asyncio.timeout(10):
+            while await bus.workers.models():  # noqa: ASYNC110 - nothing announces the end
+                await asyncio.sleep(0.05)
+        async with running_api(bus) as api:
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await api.create(spec(model="fake"))
+        assert refusal(error.value).reason == "NO_MODEL"
+    # A longer time applies to a bucket that exists.
+    longer = config.model_copy(update={"unserved_model_hours": 1.0})
+    async with connect_bus(longer) as bus:
+        await bus.workers.announce(WorkerInfo(name="w", model=FAKE_MODEL, device="cpu"))
+        await asyncio.sleep(0.7)
+        assert await bus.workers.model("fake") is not None

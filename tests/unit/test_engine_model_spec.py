@@ -148,7 +148,7 @@ def test_the_toml_wins_over_what_is_found(tmp_path: Path) -> None:
 def test_a_hub_id_is_passed_on(tmp_path: Path) -> None:
     spec = read_model_spec("stabilityai/sd-turbo")
 
-    assert (spec.source, spec.name) == ("stabilityai/sd-turbo", "sd-turbo")
+    assert (spec.source, spec.name) == ("stabilityai/sd-turbo", "stabilityai/sd-turbo")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from img2img_server.api import convert
 from img2img_server.api.deps import ApiDeps
 from img2img_server.api.estimate import Estimator
 from img2img_server.api.keys import Principal
+from img2img_server.api.model_names import default_model, full_name, unserved_warning
 from img2img_server.api.quota import Quota
 from img2img_server.budget import Budget
 from img2img_server.domain.models import ModelInfo
@@ -149,10 +150,11 @@ class Admission:
         await self._rate_limit.count(caller.principal)
         original_prompt = params.prompt
         params, warning = self._resolved(spec, request, model, caller, (image.width, image.height))
+        unserved = unserved_warning(model.name, await self._deps.workers.workers())
         return Admitted(
             params=params,
             original_prompt=original_prompt,
-            warning=warning,
+            warning=join_warnings(warning, unserved),
             pixel_steps=params.pixel_steps(model.strength_rule),
             size=size_of(model.work(params)),
             image=image,
@@ -187,8 +189,7 @@ class Admission:
         Raises:
             InvalidRequestError, PermissionDeniedError, ModelNotFoundError, UnavailableError.
         """
-        named = spec.model or self._deps.settings.default_model
-        name = named or await self._announced_model()
+        name = await self._model_name(spec.model)
         model = await self._deps.workers.model(name)
         request = convert.request(
             spec, name, model, self._deps.limits, random_seed=secrets.randbelow(NARROW_SEED_MAX + 1)
@@ -240,13 +241,15 @@ class Admission:
             return errors.ModelNotFoundError(name, known)
         return errors.NoModelError(name, known)
 
-    async def _announced_model(self) -> str:
-        """Returns the first model by name that a worker serves now, or else one that was served
-        before.
-        """
-        serving = sorted(worker.model.name for worker in await self._deps.workers.workers())
-        known = serving or [model.name for model in await self._deps.workers.models()]
-        return known[0] if known else ""
+    async def _model_name(self, named: str) -> str:
+        """Returns the name of the model that a request means. `named`: that in the request."""
+        workers, setting = self._deps.workers, self._deps.settings.default_model
+        if not named and not setting:
+            return default_model("", await workers.models(), await workers.workers())
+        name = named or setting
+        if await workers.model(name) is not None:
+            return name
+        return full_name(name, await workers.models())
 
     async def _examine(
         self, request: convert.Request, model: ModelInfo, caller: Caller

@@ -14,6 +14,7 @@ from google.rpc import error_details_pb2, status_pb2
 from img2img.v1 import service_pb2
 from img2img_server import __version__, errors
 from img2img_server.api import convert
+from img2img_server.api.model_names import default_model
 from img2img_server.domain.models import ModelInfo, WorkerInfo
 from img2img_server.domain.params import Limits
 from img2img_server.domain.storage import StorageDetails
@@ -43,7 +44,7 @@ def capabilities(
     Args:
         workers: All that are announced.
     """
-    default = settings.default_model
+    default = default_model(settings.default_model, models, workers)
     ordered = sorted(models, key=lambda model: (model.name != default, model.name))
     return service_pb2.GetCapabilitiesResponse(
         server_version=__version__,

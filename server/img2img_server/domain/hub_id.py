@@ -24,10 +24,5 @@ class HubId:
         repo, _, revision = source.partition("@")
         return cls(repo, revision)
 
-    @property
-    def name(self) -> str:
-        """The name without its owner."""
-        return self.repo.partition("/")[2]
-
     def __str__(self) -> str:
         return f"{self.repo}@{self.revision}" if self.revision else self.repo

@@ -154,6 +154,7 @@ class WorkerInfo:
             0.0: not known.
         failure: Why the model could not be loaded, if it failed.
         has_catalogue: The worker can load and unload its model.
+        rank: The place of the model in the catalogue, from 0.
     """
 
     name: str
@@ -172,6 +173,7 @@ class WorkerInfo:
     load_seconds: float = 0.0
     failure: str = ""
     has_catalogue: bool = False
+    rank: int = 0
 
     @property
     def is_loaded(self) -> bool:

@@ -231,9 +231,9 @@ def read_model_spec(
         if hub_id is None:
             raise ModelError(f"there is no model at {source or folder}")
         if found is None:
-            return ModelSpec(source=source, name=defaults.model_name or hub_id.name)
+            return ModelSpec(source=source, name=defaults.model_name or hub_id.repo)
         toml = defaults.over(_read_toml(found.path / "img2img.toml"))
-        return _spec(source, hub_id.name, toml, found.files)
+        return _spec(source, hub_id.repo, toml, found.files)
     if not (folder / "model_index.json").is_file():
         raise ModelError(
             f"{folder} is no diffusers model: it has no model_index.json{_hint(folder)}"

@@ -128,9 +128,9 @@ class WorkerRegistry(Protocol):
         ...
 
     async def models(self) -> list[ModelInfo]:
-        """Returns every model that was ever announced, by name."""
+        """Returns the models that workers serve, or have served within a stated time, by name."""
         ...
 
     async def model(self, name: str) -> ModelInfo | None:
-        """Returns a model, or None if no worker ever announced it."""
+        """Returns a model, or None if it is not one of `models`."""
         ...

@@ -133,5 +133,6 @@ def _bounds(settings: Settings) -> Bounds:
         retention_seconds=settings.retention_hours * HOUR,
         events_retention_seconds=settings.events_retention_seconds,
         events_max_bytes=settings.events_max_bytes,
+        unserved_model_seconds=settings.unserved_model_hours * HOUR,
         replicas=settings.nats_replicas,
     )

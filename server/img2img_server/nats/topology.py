@@ -66,6 +66,7 @@ class Bounds:
     events_retention_seconds: float = HOUR
     events_max_bytes: int = 2**30
     webhook_limit: int = 10_000
+    unserved_model_seconds: float = 0.0  # 0.0: models are listed for ever
     replicas: int = 1
 
     @property
@@ -172,7 +173,7 @@ def streams(bounds: Bounds) -> list[StreamConfig]:
         # Events are not kept longer than the record of their job.
         _bucket(subjects.REQUESTS_BUCKET, min(REQUEST_ID_SECONDS, bounds.retention_seconds)),
         _bucket(subjects.WORKERS_BUCKET, WORKER_SECONDS),
-        _bucket(subjects.MODELS_BUCKET, 0.0),
+        _bucket(subjects.MODELS_BUCKET, bounds.unserved_model_seconds),
         _bucket(subjects.STORAGE_BUCKET, 0.0),
         _bucket(subjects.RATES_BUCKET, RATES_SECONDS),
         _bucket(subjects.USAGE_BUCKET, USAGE_SECONDS),

@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 class KvWorkerRegistry:
     """A WorkerRegistry on JetStream. Every method raises UnavailableError when NATS is down.
 
-    A worker expires 20 s after its last announcement (topology.py), a model never.
+    A worker expires 20 s after its last announcement, a model when no worker has announced it for
+    the time of a setting (topology.py).
     """
 
     def __init__(self, link: NatsConnection) -> None:

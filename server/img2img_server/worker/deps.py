@@ -124,7 +124,7 @@ class WorkerDeps:
     retention_hours: int
     usage: FleetUsage
     dispatcher: Dispatcher
-    has_catalogue: bool = False  # Whether its process can unload the model and load it again.
+    rank: int | None = None  # the model's place in the worker's catalogue; None: it has none
     # Tests whether NATS stores messages.
     probe: Callable[[], Awaitable[None]]
     # Deletes cached downloads of the model and returns the bytes freed. Blocks. Raises OSError.

@@ -32,7 +32,6 @@ from img2img_server.telemetry import (
     MODEL_WEIGHTS_BYTES,
     count_from_zero,
 )
-from img2img_server.worker.deps import Throughput
 from img2img_server.worker.model_demand import Demand
 from img2img_server.worker.model_loader import LoadedModel, ModelLoader, NoRoomError
 from img2img_server.worker.model_plan import Swap, WantedModel, choose_swap
@@ -48,8 +47,8 @@ RESTART_SECONDS: Final = 10.0  # Workers that restart requeue their jobs within 
 
 log = structlog.get_logger()
 
-# Returns the worker of a loaded model, by the name under which it is announced.
-MakeWorker = Callable[[str, LoadedModel, CatalogueModel, Throughput], Worker]
+# Returns the worker of a loaded model.
+MakeWorker = Callable[[ModelSlot, LoadedModel], Worker]
 
 
 class ModelSet:
@@ -76,7 +75,7 @@ class ModelSet:
         look_seconds: float = LOOK_SECONDS,
         idle_seconds: float = IDLE_SECONDS,
     ) -> None:
-        self._slots = [ModelSlot(name, model) for model in models]
+        self._slots = [ModelSlot(name, model, rank) for rank, model in enumerate(models)]
         self._demand = Demand(queue, registry, self._slots, idle_seconds)
         self._loader = loader
         self._make_worker = make_worker
@@ -251,7 +250,7 @@ class ModelSet:
         await self._free_memory(slot)
         slot.throughput.restart()
         slot.stop = asyncio.Event()
-        slot.worker = self._make_worker(slot.announced_name, loaded, slot.model, slot.throughput)
+        slot.worker = self._make_worker(slot, loaded)
         slot.running = asyncio.create_task(slot.worker.run(slot.stop))
         slot.running.add_done_callback(lambda task: self._on_worker_end(slot, task))
         return True

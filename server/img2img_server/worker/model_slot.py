@@ -18,6 +18,7 @@ class ModelSlot:
 
     worker_name: str
     model: CatalogueModel
+    rank: int = 0  # its place in the catalogue
     info: ModelInfo = field(init=False)
     state: ModelState = ModelState.COLD
     is_found: bool = False
@@ -66,6 +67,7 @@ class ModelSlot:
             load_seconds=self.load_seconds + room_seconds,
             failure=self.failure if self.state is ModelState.FAILED else "",
             has_catalogue=True,
+            rank=self.rank,
         )
 
 

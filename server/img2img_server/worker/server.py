@@ -46,6 +46,7 @@ from img2img_server.worker.dispatch import Dispatcher
 from img2img_server.worker.downloads import forget_downloads
 from img2img_server.worker.model_loader import EngineLoader, LoadedModel, ModelLoader
 from img2img_server.worker.model_set import ModelSet
+from img2img_server.worker.model_slot import ModelSlot
 from img2img_server.worker.usage import FleetUsage
 from img2img_server.worker.worker import Worker
 
@@ -333,12 +334,15 @@ class _Shared:
         """Returns the worker of a model of its own process."""
         return self._worker(name, engine, safety, self.settings, Throughput())
 
-    def catalogue_worker(
-        self, name: str, loaded: LoadedModel, model: CatalogueModel, throughput: Throughput
-    ) -> Worker:
+    def catalogue_worker(self, slot: ModelSlot, loaded: LoadedModel) -> Worker:
         """Returns the worker of a model that was loaded from a catalogue."""
         return self._worker(
-            name, loaded.engine, loaded.safety, model.settings, throughput, has_catalogue=True
+            slot.announced_name,
+            loaded.engine,
+            loaded.safety,
+            slot.model.settings,
+            slot.throughput,
+            rank=slot.rank,
         )
 
     def _worker(
@@ -349,7 +353,7 @@ class _Shared:
         settings: Settings,
         throughput: Throughput,
         *,
-        has_catalogue: bool = False,
+        rank: int | None = None,
     ) -> Worker:
         bus = self.bus
         usage = FleetUsage(name, engine.model.name)
@@ -376,6 +380,6 @@ class _Shared:
             forget_downloads=partial(forget_downloads, settings.model),
             throughput=throughput,
             device_lost=self.device_lost,
-            has_catalogue=has_catalogue,
+            rank=rank,
         )
         return Worker(deps, bus.control, bus.workers, drain_seconds=settings.drain_seconds)

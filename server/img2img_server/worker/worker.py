@@ -279,7 +279,8 @@ class Worker:
             store_trouble=deps.blobs.trouble,
             begun_jobs=deps.dispatcher.begun,
             state_key=deps.engine.state_key,
-            has_catalogue=deps.has_catalogue,
+            has_catalogue=deps.rank is not None,
+            rank=deps.rank or 0,
         )
 
     async def _announce(self, announced: Callable[[], None] | None) -> None:

@@ -319,8 +319,8 @@ class JobSpec(_message.Message):
     track_id: _builtins.str
     """The caller's own reference, returned unchanged. At most 191 characters, default empty."""
     model: _builtins.str
-    """Name of a model, see GetCapabilities. Default: the default model of the server. An unknown name
-    fails with NOT_FOUND, MODEL_NOT_FOUND.
+    """Name of a model, see GetCapabilities; of "owner/name", "name" is enough if no other model has it.
+    Default: the default model of the server. An unknown name fails with NOT_FOUND, MODEL_NOT_FOUND.
     """
     num_inference_steps: _builtins.int
     """Number of steps of the full schedule, of which strength x num_inference_steps run, rounded by

@@ -679,7 +679,7 @@ class Model(_message.Message):
         STATE_COLD: Model._State.ValueType  # 2
         """A worker loads it for the next request, or loads it now."""
         STATE_UNSERVED: Model._State.ValueType  # 3
-        """No worker serves it now. Its jobs wait until one does."""
+        """No worker serves it now. Its jobs wait until one does. The model leaves the list after some days."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
         """Whether a model takes requests at once."""
@@ -691,7 +691,7 @@ class Model(_message.Message):
     STATE_COLD: Model.State.ValueType  # 2
     """A worker loads it for the next request, or loads it now."""
     STATE_UNSERVED: Model.State.ValueType  # 3
-    """No worker serves it now. Its jobs wait until one does."""
+    """No worker serves it now. Its jobs wait until one does. The model leaves the list after some days."""
 
     class _Guidance:
         ValueType = _typing.NewType("ValueType", _builtins.int)
