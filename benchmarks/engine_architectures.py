@@ -59,6 +59,13 @@ _UNETS: dict[str, dict[str, Any]] = {
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
     },
+    # A third of the channels of SD 1.5, for measurements of its UNet on a CPU.
+    "sd15-small": {
+        **_SD_BLOCKS,
+        "block_out_channels": (96, 160, 320, 320),
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+    },
     # This is no real architecture. It tests the benchmark itself in seconds.
     "toy": {
         **_SD_BLOCKS,
@@ -71,6 +78,7 @@ _UNETS: dict[str, dict[str, Any]] = {
 # width, layers and heads of the text encoders
 _CLIP_L, _OPEN_CLIP_H, _OPEN_CLIP_G = (768, 12, 12), (1024, 23, 16), (1280, 32, 20)
 _TEXT = {"sd15": _CLIP_L, "sd-turbo": _OPEN_CLIP_H, "toy": (768, 1, 12)}
+_TEXT["sd15-small"] = _TEXT["toy"]
 _VAE_CHANNELS = (128, 256, 512, 512)
 
 
@@ -91,7 +99,7 @@ def _transformer(name: str, folder: Path, device: torch.device, dtype: torch.dty
 
 
 def _sd(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    channels = (32,) * 4 if name == "toy" else _VAE_CHANNELS
+    channels = (32,) * 4 if name in ("toy", "sd15-small") else _VAE_CHANNELS
     with device:
         parts = [_unet(name), _autoencoder(0.18215, channels), CLIPTextModel(_text(_TEXT[name]))]
     unet, vae, text = (_placed(part, dtype) for part in parts)
@@ -134,6 +142,7 @@ ARCHITECTURES: dict[str, Callable[[str, Path, torch.device, torch.dtype], Any]] 
     "sd-turbo": _sd,
     "sdxl-turbo": _sdxl,
     "toy": _sd,
+    "sd15-small": _sd,
     **dict.fromkeys(
         (toy + name for toy in ("", "toy-") for name in FLOW_ARCHITECTURES), _transformer
     ),

@@ -199,6 +199,7 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
             embeddings=["<worn>"],
             state=service_pb2.Model.STATE_LOADED,
             load_failures=["w2: a part is missing"],
+            refused_loras={"wool": "it belongs to another model"},
             scheduler_max_steps={"lcm": 40},
         )
         limits = service_pb2.Limits(

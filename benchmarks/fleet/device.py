@@ -105,6 +105,9 @@ class SleepingDenoiser:
         steps = StrengthRule.FLOOR.denoising_steps(strength, num_inference_steps)
         return Schedule(init_signal=1.0, init_noise=0.0, steps=(step,) * steps)
 
+    def adapter_key(self, adapters: tuple[Adapter, ...]) -> Hashable:
+        return adapters
+
     def adapter(self, name: str, scale: float) -> Adapter:
         return Adapter(name, scale)
 

@@ -259,6 +259,7 @@ class Model:
     embeddings: tuple[str, ...]  # words of prompts with textual inversion embeddings
     state: ModelState
     load_failures: tuple[str, ...]  # why workers could not load it
+    refused_loras: Mapping[str, str]  # why LoRA files of the operator do not fit it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

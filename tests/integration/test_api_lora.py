@@ -20,7 +20,8 @@ class Listening(FakeEngine):
 
     def __init__(self) -> None:
         self.jobs: list[EngineJob] = []
-        super().__init__(replace(FAKE_MODEL, loras=("ink", "oil")))
+        refused = (("wool", "it belongs to another model"),)
+        super().__init__(replace(FAKE_MODEL, loras=("ink", "oil"), refused_loras=refused))
 
     def submit(self, job: EngineJob, sink: Sink) -> None:
         self.jobs.append(job)
@@ -38,6 +39,7 @@ async def test_loras_go_with_the_job_and_are_returned_to_callers() -> None:
         [m async for m in stack.api.generate(spec())]
 
     assert list(found.models[0].loras) == ["ink", "oil"]
+    assert dict(found.models[0].refused_loras) == {"wool": "it belongs to another model"}
     job = messages[-1].event.succeeded.job
     assert [(lora.name, lora.scale) for lora in job.spec.loras] == [("oil", 0.5), ("ink", 1.0)]
     assert [job.params.loras for job in engine.jobs] == [(Lora("oil", 0.5), Lora("ink")), ()]

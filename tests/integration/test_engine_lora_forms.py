@@ -20,8 +20,9 @@ from torch import Tensor
 
 from img2img_server.engine.diffusers import lora_forms
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
-from img2img_server.engine.diffusers.lora import LoraSet
+from img2img_server.engine.diffusers.lora_layers import Part
 from img2img_server.errors import EngineError
+from tests.loras import WritingLoras
 from tests.oracle.harness import families
 from tests.tiny_models import write_sd
 
@@ -163,8 +164,8 @@ def deterministic() -> Iterator[None]:
         yield
 
 
-def loras(denoiser: DiffusersDenoiser, folder: Path) -> LoraSet:
-    return LoraSet(denoiser._model, denoiser._family, folder)
+def loras(denoiser: DiffusersDenoiser, folder: Path) -> WritingLoras:
+    return WritingLoras(denoiser, folder)
 
 
 def draw(*shape: int) -> Tensor:
@@ -177,7 +178,9 @@ def weight_of(denoiser: DiffusersDenoiser, part: str, name: str) -> Tensor:
     return modules.get(name, modules.get(f"text_model.{name}")).weight.data
 
 
-def check(found: LoraSet, expected: Mapping[str, tuple[Tensor, Callable[[float], Tensor]]]) -> None:
+def check(
+    found: WritingLoras, expected: Mapping[str, tuple[Tensor, Callable[[float], Tensor]]]
+) -> None:
     """Compares the weights at two scales, and afterwards."""
     before = {name: weight.clone() for name, (weight, _) in expected.items()}
     for scale in (1.0, 0.5):
@@ -367,7 +370,7 @@ def test_two_loras_of_one_weight_share_the_copy_of_the_original(
 
     for name in ("ink", "oil"):
         found.use([found.adapter(name, 1.0)])
-    assert len(found._kept) == 1
+    assert len(found.written[Part.DENOISER]._kept) == 1
     found.use([])
     assert torch.equal(weight, before)
 
@@ -430,7 +433,7 @@ def test_a_file_that_cannot_be_read_now_is_read_again(
         found = loras(denoiser, tmp_path)
         assert (found.refresh(), found.names) == (False, ())
     assert (found.refresh(), found.names) == (True, ("ink",))
-    events = [record.msg.partition(":")[0] for record in caplog.records]
+    events = [record.getMessage().partition(":")[0] for record in caplog.records]
     assert events.count("lora_unreadable") == 1, "it is reported once"
 
     with monkeypatch.context() as patched:

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 
 from img2img_server.domain.params import Lora
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
-from img2img_server.engine.diffusers.lora import LoraSet
 from img2img_server.engine.options import ModelOptions
 from tests.engine_bench import BOUND, Stock, blocks, difference, images, job, run, running
+from tests.loras import WritingLoras
 from tests.oracle.harness import families
 
 pytest.importorskip("peft")
@@ -79,7 +79,7 @@ def test_the_weights_are_those_of_peft(family: str, form: str, option: str, tmp_
             parameter.data = torch.randn_like(parameter) / 3 + ("magnitude" in name)
     save(peft.get_peft_model_state_dict(theirs, adapter_name="ink"), config, part, tmp_path)
 
-    found = LoraSet(ours._model, ours._family, tmp_path)
+    found = WritingLoras(ours, tmp_path)
     assert found.names == ("ink",)
     changed = 0
     for scale in (1.0, 0.5):

@@ -233,6 +233,7 @@ def test_capabilities_are_read(run: Run) -> None:
                 embeddings=("<worn>",),
                 state=api.ModelState.LOADED,
                 load_failures=("w2: a part is missing",),
+                refused_loras={"wool": "it belongs to another model"},
                 scheduler_max_steps={"lcm": 40},
             ),
         ),

@@ -76,6 +76,8 @@ class ModelInfo:
     min_side_pixels: int = 0
     max_side_pixels: int = 1024
     loras: tuple[str, ...] = ()
+    # LoRA files that do not fit the model, each with the reason.
+    refused_loras: tuple[tuple[str, str], ...] = ()
     embeddings: tuple[str, ...] = ()  # words of prompts with textual inversion embeddings
     # Measured device seconds of a pixel-step, encoders included. The value remains while no worker
     # serves the model. 0.0: not measured yet.

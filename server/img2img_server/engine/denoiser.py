@@ -201,10 +201,12 @@ class Denoiser(Protocol):
         """Returns the adapter with the present content of the file; any thread may call it."""
         ...
 
+    def adapter_key(self, adapters: tuple[Adapter, ...]) -> Hashable:
+        """Returns the key that rows of one forward must share because of their adapters."""
+        ...
+
     def encode_texts(self, texts: Sequence[TextInput]) -> list[Conditioning]:
-        """Encodes prompts of rows with the same adapters. Recently encoded prompts come from a
-        cache.
-        """
+        """Encodes prompts. Recently encoded prompts come from a cache."""
         ...
 
     def clear_cache(self) -> None:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -24,7 +24,7 @@ from img2img_server.engine.device_memory import watch_memory
 from img2img_server.engine.dispatch import EventDispatcher
 from img2img_server.engine.memory import MemoryModel, probe_of
 from img2img_server.engine.model_spec import ModelSpec
-from img2img_server.engine.rows import EngineJobState, adapters_of, rows_of, text_of
+from img2img_server.engine.rows import EngineJobState, adapters_of, batch_key_of, rows_of, text_of
 from img2img_server.engine.scheduler import Row
 from img2img_server.engine.step_loop import StepLoop
 from img2img_server.engine.turns import DeviceTurns
@@ -37,6 +37,18 @@ LORA_WATCH_SECONDS = 2.0
 WATCHER_JOIN_SECONDS = 0.5
 
 
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """The names of the files of a folder that are offered.
+
+    Attributes:
+        refused: The names of others, each with the reason.
+    """
+
+    names: tuple[str, ...]
+    refused: tuple[tuple[str, str], ...] = ()
+
+
 class DiffusionEngine:
     """The Engine of base.py on a Denoiser. Its thread starts at once.
 
@@ -44,7 +56,7 @@ class DiffusionEngine:
         spec: the model's name, defaults and limits.
         max_batch_size: the largest batch, in forwards; a guided sample costs two.
         memory: the memory model of the device; None: a new one.
-        new_loras: reads the folder of LoRAs again and returns the names, or None if nothing has
+        new_loras: reads the folder of LoRAs again and returns them, or None if nothing has
             changed; called again and again on a thread of its own. None: the LoRAs never change.
         new_embeddings: the same for textual inversion embeddings.
         turns: the turns of the device, if it has more than one engine.
@@ -59,8 +71,8 @@ class DiffusionEngine:
         spec: ModelSpec,
         max_batch_size: int,
         memory: MemoryModel | None = None,
-        new_loras: Callable[[], tuple[str, ...] | None] | None = None,
-        new_embeddings: Callable[[], tuple[str, ...] | None] | None = None,
+        new_loras: Callable[[], Offered | None] | None = None,
+        new_embeddings: Callable[[], Offered | None] | None = None,
         *,
         turns: DeviceTurns | None = None,
         weights_bytes: int = 0,
@@ -91,24 +103,24 @@ class DiffusionEngine:
             self._watcher = threading.Thread(target=watch, name="engine-loras", daemon=True)
             self._watcher.start()
 
-    def _watch_folders(self, readers: Mapping[str, Callable[[], tuple[str, ...] | None]]) -> None:
+    def _watch_folders(self, readers: Mapping[str, Callable[[], Offered | None]]) -> None:
         while not self._watch_ended.wait(LORA_WATCH_SECONDS):
             for kind, read in readers.items():
                 try:
-                    names = read()
+                    found = read()
                 except Exception:  # The next try may succeed.
                     _log.exception("%s_dir_not_read", kind)
                     continue
-                if names is not None:
-                    _log.info("%ss_changed: %s", kind, ", ".join(names) or "none")
-                    self._offer(kind, names)
+                if found is not None:
+                    _log.info("%ss_changed: %s", kind, ", ".join(found.names) or "none")
+                    self._offer(kind, found)
 
-    def _offer(self, kind: str, names: tuple[str, ...]) -> None:
+    def _offer(self, kind: str, found: Offered) -> None:
         if kind == "lora":
-            self._spec = replace(self._spec, loras=names)
-            self._calls.put(partial(self._loop.set_loras, names))
+            self._spec = replace(self._spec, loras=found.names, refused_loras=found.refused)
+            self._calls.put(partial(self._loop.set_loras, found.names))
         else:  # The denoiser reads them with the next prompt.
-            self._spec = replace(self._spec, embeddings=names)
+            self._spec = replace(self._spec, embeddings=found.names)
 
     @property
     def model(self) -> ModelInfo:
@@ -156,14 +168,13 @@ class DiffusionEngine:
 
     def _rows(self, job: JobPlan, now: float) -> list[Row]:
         """Returns the rows that a job will have; none if no step runs."""
-        params, adapters = job.params, adapters_of(job, self._denoiser)
-        text = text_of(job, adapters)
+        params, text = job.params, text_of(job, adapters_of(job, self._denoiser))
         rule = self._spec.info.strength_rule
         steps = params.pixel_steps(rule) // (params.samples * job.height * job.width)
         if not steps:
             return []
-        forwards, key = self._denoiser.forwards(text), self._denoiser.batch_key(text)
-        return rows_of(job, forwards, steps, (key, adapters), now)
+        forwards, key = self._denoiser.forwards(text), batch_key_of(text, self._denoiser)
+        return rows_of(job, forwards, steps, key, now)
 
     def cancel(self, job_id: int) -> None:
         self._calls.put(partial(self._loop.cancel, job_id))

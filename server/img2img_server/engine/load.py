@@ -15,7 +15,7 @@ import torch
 from img2img_server.engine.device import device_and_dtype
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.local_model import find_model
-from img2img_server.engine.engine import DiffusionEngine
+from img2img_server.engine.engine import DiffusionEngine, Offered
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.memory import MemoryModel, probe_of
 from img2img_server.engine.model_spec import ModelDefaults, ModelSpec, read_model_spec
@@ -62,11 +62,13 @@ def start_engine(
     kind = denoiser.device.type
     weights = sum(part.bytes for part in denoiser.parts if kind in part.devices)
 
-    def new_loras() -> tuple[str, ...] | None:
-        return denoiser.loras if denoiser.refresh_loras() else None
+    def new_loras() -> Offered | None:
+        if not denoiser.refresh_loras():
+            return None
+        return Offered(denoiser.loras, denoiser.refused_loras)
 
-    def new_embeddings() -> tuple[str, ...] | None:
-        return denoiser.embeddings if denoiser.refresh_embeddings() else None
+    def new_embeddings() -> Offered | None:
+        return Offered(denoiser.embeddings) if denoiser.refresh_embeddings() else None
 
     return DiffusionEngine(
         denoiser,
@@ -103,7 +105,12 @@ def load_denoiser(options: EngineOptions) -> tuple[DiffusersDenoiser, ModelSpec]
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(options.compile_cache_dir.absolute())
     most = options.max_batch_size
     denoiser = on_own_thread(lambda: DiffusersDenoiser.load(model, device, dtype, options, most))
-    return denoiser, replace(spec, loras=denoiser.loras, embeddings=denoiser.embeddings)
+    return denoiser, replace(
+        spec,
+        loras=denoiser.loras,
+        refused_loras=denoiser.refused_loras,
+        embeddings=denoiser.embeddings,
+    )
 
 
 def warm_up(engine: DiffusionEngine, spec: ModelSpec, warm_up_sizes: str) -> None:

@@ -120,6 +120,7 @@ class ModelSpec:
     takes_prompt_weights: bool = False
     max_clip_skip: int = 0
     loras: tuple[str, ...] = ()
+    refused_loras: tuple[tuple[str, str], ...] = ()
     embeddings: tuple[str, ...] = ()
 
     @property
@@ -146,6 +147,7 @@ class ModelSpec:
             takes_prompt_weights=self.takes_prompt_weights,
             max_clip_skip=self.max_clip_skip,
             loras=self.loras,
+            refused_loras=self.refused_loras,
             embeddings=self.embeddings,
         )
 

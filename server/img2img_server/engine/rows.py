@@ -175,7 +175,7 @@ class EngineJobState:
     def rows(self, now: float) -> list[Row]:
         """Returns the rows of the job for the scheduler."""
         steps = len(self.schedule.steps)
-        rows = rows_of(self.job, self.forwards, steps, (self.batch_key, self.adapters), now)
+        rows = rows_of(self.job, self.forwards, steps, self.batch_key, now)
         done = {sample.index: sample.steps_done for sample in self.resumed}
         return [replace(row, steps=steps - done.get(row.sample, 0)) for row in rows]
 
@@ -280,7 +280,7 @@ def rows_of(job: JobPlan, forwards: int, steps: int, batch_key: Hashable, now: f
     """Returns the rows of a job for the scheduler.
 
     Args:
-        batch_key: The key of the denoiser, with the adapters of the job.
+        batch_key: See `batch_key_of`.
     """
     params = job.params
     return [
@@ -309,6 +309,11 @@ def adapters_of(job: JobPlan, denoiser: Denoiser) -> tuple[Adapter, ...]:
     """
     loras = sorted(job.params.loras, key=lambda lora: lora.name)
     return tuple(denoiser.adapter(lora.name, lora.scale) for lora in loras if lora.scale)
+
+
+def batch_key_of(text: TextInput, denoiser: Denoiser) -> Hashable:
+    """Returns the key that rows must share to take a step together."""
+    return denoiser.batch_key(text), denoiser.adapter_key(text.adapters)
 
 
 def text_of(job: JobPlan, adapters: tuple[Adapter, ...] = ()) -> TextInput:

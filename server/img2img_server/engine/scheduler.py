@@ -1,7 +1,8 @@
 """Decides which samples take the next denoising step together. It uses no torch, clock or threads.
 
 A sample is a row. Rows join and leave at every step. A batch holds rows of one batch key only (one
-size in most families, the same adapters). Each step takes the rows in the order of `Priority`.
+size in most families, the same LoRAs in the weights). Each step takes the rows in the order of
+`Priority`.
 
 The first row fixes the batch key. Other rows with this key join as long as that is worthwhile:
 every row of a batch waits for all of its rows, but the fixed cost of a step is paid once, which

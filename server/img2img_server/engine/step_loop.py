@@ -43,6 +43,7 @@ from img2img_server.engine.rows import (
     EngineJobState,
     SampleState,
     adapters_of,
+    batch_key_of,
     emit,
     largest_size,
     runs_of,
@@ -406,5 +407,5 @@ def admit(
         params.strength_mode,
     )
     return EngineJobState.begin(
-        job, sink, schedule, forwards, denoiser.device, denoiser.batch_key(text), adapters
+        job, sink, schedule, forwards, denoiser.device, batch_key_of(text, denoiser), adapters
     )

@@ -771,6 +771,26 @@ class Model(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class RefusedLorasEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     FAMILY_FIELD_NUMBER: _builtins.int
     SCHEDULERS_FIELD_NUMBER: _builtins.int
@@ -795,6 +815,7 @@ class Model(_message.Message):
     EMBEDDINGS_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     LOAD_FAILURES_FIELD_NUMBER: _builtins.int
+    REFUSED_LORAS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the model, for JobSpec.model."""
     family: _builtins.str
@@ -857,6 +878,12 @@ class Model(_message.Message):
     def load_failures(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Why workers could not load the model, one sentence for each worker. Others may serve it."""
 
+    @_builtins.property
+    def refused_loras(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """LoRA files of the operator that do not fit the model, each with the reason: at most 20, by the name
+        of the file without its suffix.
+        """
+
     def __init__(
         self,
         *,
@@ -884,10 +911,11 @@ class Model(_message.Message):
         embeddings: _abc.Iterable[_builtins.str] | None = ...,
         state: Global___Model.State.ValueType = ...,
         load_failures: _abc.Iterable[_builtins.str] | None = ...,
+        refused_loras: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_guidance_scale", b"default_guidance_scale", "default_num_inference_steps", b"default_num_inference_steps", "default_strength", b"default_strength", "device", b"device", "embeddings", b"embeddings", "family", b"family", "guidance", b"guidance", "kind", b"kind", "load_failures", b"load_failures", "loras", b"loras", "max_clip_skip", b"max_clip_skip", "max_num_inference_steps", b"max_num_inference_steps", "max_side_pixels", b"max_side_pixels", "min_side_pixels", b"min_side_pixels", "name", b"name", "native_size", b"native_size", "scheduler_max_steps", b"scheduler_max_steps", "schedulers", b"schedulers", "side_multiple", b"side_multiple", "state", b"state", "strength_rule", b"strength_rule", "takes_negative_prompt", b"takes_negative_prompt", "takes_prompt_weights", b"takes_prompt_weights", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_guidance_scale", b"default_guidance_scale", "default_num_inference_steps", b"default_num_inference_steps", "default_strength", b"default_strength", "device", b"device", "embeddings", b"embeddings", "family", b"family", "guidance", b"guidance", "kind", b"kind", "load_failures", b"load_failures", "loras", b"loras", "max_clip_skip", b"max_clip_skip", "max_num_inference_steps", b"max_num_inference_steps", "max_side_pixels", b"max_side_pixels", "min_side_pixels", b"min_side_pixels", "name", b"name", "native_size", b"native_size", "refused_loras", b"refused_loras", "scheduler_max_steps", b"scheduler_max_steps", "schedulers", b"schedulers", "side_multiple", b"side_multiple", "state", b"state", "strength_rule", b"strength_rule", "takes_negative_prompt", b"takes_negative_prompt", "takes_prompt_weights", b"takes_prompt_weights", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,6 +29,8 @@ from img2img_server.engine.diffusers.load import (
 )
 from img2img_server.engine.diffusers.local_model import LocalModel, find_model
 from img2img_server.engine.diffusers.lora import LoraSet
+from img2img_server.engine.diffusers.lora_layers import Part
+from img2img_server.engine.diffusers.lora_use import LoraUse
 from img2img_server.engine.diffusers.placement import PlacedPart, modules, placed_parts
 from img2img_server.engine.diffusers.schedules import Schedules
 from img2img_server.engine.diffusers.text import TextEncoder
@@ -112,6 +115,9 @@ class DiffusersDenoiser:
         )
         self._text = TextEncoder(self._model, self._family, options.text_encoder_placement)
         self._loras = LoraSet(self._model, self._family, lora_dir)
+        # Layers of compiled models cannot be changed.
+        self._denoiser_loras = LoraUse(Part.DENOISER, takes_branches=not is_compiled)
+        self._text_loras = LoraUse(Part.TEXT, takes_branches=not is_compiled)
         self._embeddings = EmbeddingSet(self._model, self._family, embeddings_dir)
         self._codec = self._family.codec(pipeline.vae, options.vae_tile_pixels)
         self._tiny = Autoencoder(tiny_vae, options.vae_tile_pixels) if tiny_vae else None
@@ -265,8 +271,16 @@ class DiffusersDenoiser:
         """The names that `Adapter` may have."""
         return self._loras.names
 
+    @property
+    def refused_loras(self) -> tuple[tuple[str, str], ...]:
+        """The names of LoRA files that are not offered, each with the reason."""
+        return self._loras.refusals
+
     def adapter(self, name: str, scale: float) -> Adapter:
         return self._loras.adapter(name, scale)
+
+    def adapter_key(self, adapters: tuple[Adapter, ...]) -> Hashable:
+        return self._denoiser_loras.written(adapters)
 
     def refresh_loras(self) -> bool:
         """Reads the folder of LoRAs again; any thread may call it. Returns whether it changed."""
@@ -284,13 +298,26 @@ class DiffusersDenoiser:
         return self._embeddings.refresh()
 
     def encode_texts(self, texts: Sequence[TextInput]) -> list[Conditioning]:
-        self._loras.use(texts[0].adapters)
         if self._embeddings.apply():
             self._text.reload_tokenizers()
-        return self._text.encode(texts, [self.forwards(text) for text in texts])
+        found: dict[int, Conditioning] = {}
+        groups: dict[tuple[Adapter, ...], list[int]] = {}
+        for index, text in enumerate(texts):
+            groups.setdefault(self._text_loras.effective(text.adapters), []).append(index)
+        for adapters, indices in groups.items():
+            self._text_loras.use_for_all(adapters)
+            own = [replace(texts[index], adapters=adapters) for index in indices]
+            encoded = self._text.encode(own, [self.forwards(text) for text in own])
+            found |= zip(indices, encoded, strict=True)
+        return [
+            replace(found[index], adapters=self._denoiser_loras.effective(text.adapters))
+            for index, text in enumerate(texts)
+        ]
 
     def clear_cache(self) -> None:
         self._text.clear_cache()
+        for loras in (self._text_loras, self._denoiser_loras):
+            loras.clear_cache()
 
     def encode_images(self, images: Sequence[Pixels]) -> list[ImageLatents]:
         pixels = to_device(torch.from_numpy(np.stack(images)), self.device)
@@ -306,7 +333,6 @@ class DiffusersDenoiser:
         timesteps: Tensor,
         conditionings: Sequence[Conditioning],
     ) -> Sequence[Tensor]:
-        self._loras.use(conditionings[0].adapters)
         rows = list(zip(latents, torch.split(timesteps, 1), conditionings, strict=True))
         # The guided rows are repeated after all rows, with their negative prompts.
         guided = [index for index, row in enumerate(conditionings) if row.negative is not None]
@@ -316,15 +342,17 @@ class DiffusersDenoiser:
             assert row.negative is not None
             forwards.append(Forward(x, t, row.negative, row))
         count = len(forwards)
+        order = self._denoiser_loras.use([forward.conditioning.adapters for forward in forwards])
+        forwards = [forwards[index] for index in order]
         if self._is_compiled:
             admit_shapes()
             forwards += forwards[-1:] * (self.padded_batch_size(count) - count)
             if self.device.type == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        outputs = self._family.predict(self._model, forwards)
-        results = list(outputs[: len(rows)])
-        for index, negative in zip(guided, outputs[len(rows) : count], strict=True):
-            scale = conditionings[index].cfg_scale
+        outputs = dict(zip(order, self._family.predict(self._model, forwards), strict=False))
+        results = [outputs[index] for index in range(len(rows))]
+        for place, index in enumerate(guided):
+            scale, negative = conditionings[index].cfg_scale, outputs[len(rows) + place]
             results[index] = self._family.combine(results[index], negative, scale)
         return results
 

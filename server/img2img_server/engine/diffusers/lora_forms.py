@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from img2img_server.engine.tensor_names import first_names
 
@@ -304,21 +304,26 @@ class Change:
     """The change that a group makes to one weight.
 
     Attributes:
+        part, layer: The names of the part of the pipeline and of its layer.
         rows, columns: The outputs and the inputs of the group that belong to the weight; None: all.
     """
 
+    part: str
+    layer: str
+    module: nn.Module
     weight: Tensor
     group: Group
     factor: float
     rows: Tensor | None = None
     columns: Tensor | None = None
 
-    def check(self, layer: str) -> None:
+    def check(self) -> None:
         """Checks the shapes, without computing the change.
 
         Raises:
             LoraError: They do not fit.
         """
+        layer = self.layer
         if self.weight.ndim not in (2, 4):
             raise LoraError(f"{self.group.name} changes {layer}, which is no matrix or convolution")
         outputs, inputs = self.group.shape
@@ -353,6 +358,11 @@ class Change:
         changed = original + inner * change
         magnitude, norms = self._norms(changed)
         return outer * (changed * (magnitude / norms) - original)
+
+    @property
+    def has_magnitude(self) -> bool:
+        """Returns whether the change has magnitudes of DoRA."""
+        return self._magnitude is not None
 
     @property
     def _magnitude(self) -> Tensor | None:

@@ -44,9 +44,15 @@ class Target:
 
     part: str
     layer: str
-    weight: Tensor
+    module: nn.Module
     rows: Tensor | None = None
     columns: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight.data
 
 
 def find_targets(
@@ -85,7 +91,7 @@ def _check_outputs(group: Group, pieces: tuple[Target, ...]) -> None:
 def _layers(model: LoadedModel, family: Family) -> Mapping[tuple[str, str], Target]:
     """Returns every layer of the model with a weight, by the names of its part and its own."""
     return {
-        (part, name): Target(part, name, module.weight.data)
+        (part, name): Target(part, name, module)
         for part in family.lora_parts
         if (network := getattr(model.pipeline, part, None)) is not None
         for name, module in network.named_modules()
@@ -123,7 +129,7 @@ def _original_layers(family: Family, layers: Iterable[Target]) -> dict[str, tupl
         pieces = tuple(
             replace(target, rows=its_rows) for target, its_rows in zip(targets, rows, strict=True)
         )
-        for alias in _aliases(family, Target(family.denoiser, name, targets[0].weight)):
+        for alias in _aliases(family, Target(family.denoiser, name, targets[0].module)):
             found[alias] = pieces
     return found
 
@@ -200,7 +206,7 @@ def _trace(
             if name == key or layer is None or up is None or 1 not in (up.ndim, up.shape[-1]):
                 continue
             group, rows, columns = _places(groups, down, up)
-            target = Target(layer.part, layer.layer, layer.weight, rows, columns)
+            target = Target(layer.part, layer.layer, layer.module, rows, columns)
             found[group.name] = (*found[group.name], target)
     return {name: _complete(groups, name, targets) for name, targets in found.items()}
 

@@ -18,6 +18,10 @@ _SUFFIX = ".safetensors"
 _OTHER_FORMATS = (".ckpt", ".pt", ".pth", ".bin")
 
 
+class RefusedFileError(ValueError):
+    """A file does not fit the model. The text says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class Seen(Generic[Content]):
     """A file that was read. Equal for files of equal bytes.
@@ -26,11 +30,13 @@ class Seen(Generic[Content]):
         version: Changes with the file's content.
         content: None if the file was refused.
         digest: A hash of the file; empty if it was refused.
+        refusal: Why the file was refused, if that is known.
     """
 
     version: tuple[int, ...] = field(compare=False)
     content: Content | None = field(compare=False)
     digest: bytes
+    refusal: str = ""
 
 
 class WatchedFolder(Generic[Content]):
@@ -40,7 +46,8 @@ class WatchedFolder(Generic[Content]):
         kind: The beginning of the log events, such as `lora`.
         folder: None: there are no files.
         read: Returns the content of a file, or None after it has logged why the file is refused.
-            Raises OSError for a file that cannot be read at present.
+            Raises OSError for a file that cannot be read at present, and RefusedFileError for one
+            that does not fit, after it has logged it.
     """
 
     def __init__(
@@ -59,6 +66,11 @@ class WatchedFolder(Generic[Content]):
     def seen(self) -> Mapping[str, Seen[Content]]:
         """The files that were not refused, in the order of their names."""
         return {name: seen for name, seen in self._seen.items() if seen.content is not None}
+
+    @property
+    def refusals(self) -> Mapping[str, str]:
+        """Why files were refused, by their names, if that is known."""
+        return {name: seen.refusal for name, seen in self._seen.items() if seen.refusal}
 
     @property
     def fingerprint(self) -> str:
@@ -99,8 +111,12 @@ class WatchedFolder(Generic[Content]):
     def _read(self, file: Path, version: tuple[int, ...]) -> Seen[Content] | None:
         """Reads a file, also one that is refused. Returns None if it cannot be read at present."""
         try:
-            content = self._read_content(file)
-            seen = Seen(version, content, b"" if content is None else _digest(file))
+            try:
+                content, refusal = self._read_content(file), ""
+            except RefusedFileError as error:
+                content, refusal = None, str(error)
+            digest = b"" if content is None else _digest(file)
+            seen = Seen(version, content, digest, refusal)
             if _version(file) != version:  # The hash may be of other bytes than the content.
                 return None
         except OSError as error:

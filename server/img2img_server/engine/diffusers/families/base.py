@@ -89,6 +89,8 @@ class Family:
         default_scheduler: The scheduler of models without one.
         takes_float16: Whether models can run in float16 without overflows.
         takes_prompt_weights: Whether `clip_encoders` returns encoders.
+        unbatched_layers: A pattern of the layers whose inputs have not one row for each forward,
+            so that rows with different LoRAs for them do not share batches.
         lengths_vary: Whether the network's inputs are as long as the prompts of a batch.
     """
 
@@ -103,6 +105,7 @@ class Family:
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     lora_parts: ClassVar[tuple[str, ...]]
     original_names: ClassVar[tuple[tuple[str, str], ...]] = ()
+    unbatched_layers: ClassVar[str] = ""
     takes_float16: ClassVar[bool] = True
     lengths_vary: ClassVar[bool] = False
     takes_prompt_weights: ClassVar[bool] = False

@@ -28,6 +28,7 @@ class ErnieImage(FlowFamily):
     """ERNIE-Image, ERNIE-Image-Turbo and models derived from them."""
 
     name = "ernie_image"
+    unbatched_layers = r"layers\.\d+\.mlp\..*|final_linear"
     pipelines: ClassVar[Mapping[str, str]] = {"ErnieImagePipeline": "ErnieImagePipeline"}
     load_options: ClassVar[Mapping[str, Any]] = {"pe": None, "pe_tokenizer": None}
     lengths_vary = True

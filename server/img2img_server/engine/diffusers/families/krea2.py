@@ -30,6 +30,7 @@ class Krea2(FlowFamily):
     """Krea 2 and its distilled model."""
 
     name = "krea2"
+    unbatched_layers = r"text_fusion\.layerwise_blocks\..*"
     pipelines: ClassVar[Mapping[str, str]] = {"Krea2Pipeline": "Krea2Pipeline"}
     can_fuse_projections = False  # diffusers' attention of this model does not use them
     lengths_vary = True

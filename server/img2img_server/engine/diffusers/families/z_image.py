@@ -24,6 +24,7 @@ class ZImage(FlowFamily):
     """Z-Image, Z-Image-Turbo and models derived from them."""
 
     name = "z_image"
+    unbatched_layers = r"(all_x|cap)_embedder\..*"
     pipelines = dict.fromkeys(
         ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
         "ZImageImg2ImgPipeline",
