@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc
 
@@ -32,6 +33,17 @@ class FakeAdmin(admin_service_pb2_grpc.AdminServiceServicer):
             gpu_usage=0.25,
         )
         self.GetSystemDetails = answering(details)
+        unused = admin_service_pb2.ApiKey(id="ab12", tenant="lab")
+        used = admin_service_pb2.ApiKey(
+            id="web-2",
+            tenant="shop",
+            label="the web shop",
+            permissions=["operate"],
+            expire_time=Timestamp(seconds=1767225600),
+            has_expired=True,
+            last_use_time=Timestamp(seconds=1767225540),
+        )
+        self.ListKeys = answering(admin_service_pb2.ListKeysResponse(keys=[unused, used]))
         self.RestartServer = answering(admin_service_pb2.RestartServerResponse())
         self.UpdateServer = answering(admin_service_pb2.UpdateServerResponse())
         self.ClearCache = answering(admin_service_pb2.ClearCacheResponse())

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import grpc
@@ -52,7 +53,8 @@ class Endpoint:
     `server`: "host:port", "host" (port 50051), several addresses such as
     "ipv4:10.0.0.7:50051,10.0.0.8:50051", or a target that gRPC knows, such as "dns:///name:port" or
     "unix:/path"; None: the caller gave a channel. `root_certificates`: PEM that turns TLS on.
-    `tls_name`: the name in the certificate, if it is not the host.
+    `tls_name`: the name in the certificate, if it is not the host. `client_certificate`: PEM of a
+    certificate chain and of its key, for a server that requires them.
     """
 
     server: str | None
@@ -60,6 +62,7 @@ class Endpoint:
     tls: bool = False
     root_certificates: bytes | None = None
     tls_name: str | None = None
+    client_certificate: tuple[bytes, bytes] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Raises InvalidArgumentError if a value can never work."""
@@ -70,6 +73,8 @@ class Endpoint:
         if self.root_certificates is not None:
             check_certificates(self.root_certificates, "root_certificates")
         self._check_tls_name()
+        if self.client_certificate is not None:
+            self._check_client_certificate(self.client_certificate)
 
     def _check_server(self, server: str) -> None:
         if not isinstance(server, str):
@@ -90,6 +95,20 @@ class Endpoint:
             )
             raise invalid("tls_name", "REQUIRED", text)
 
+    def _check_client_certificate(self, pair: tuple[bytes, bytes]) -> None:
+        name = "client_certificate"
+        if not (
+            isinstance(pair, tuple)
+            and len(pair) == 2
+            and all(isinstance(each, bytes) for each in pair)
+        ):
+            raise invalid_type(name, "two PEM files as bytes, certificate and key", pair)
+        if not self.uses_tls:
+            text = f"{name} is set without TLS: set tls or root_certificates too"
+            raise invalid(name, "NOT_SUPPORTED", text)
+        if fault := _pair_fault(*pair):
+            raise invalid(name, "INVALID_FORMAT", f"{name} cannot be used: {fault}")
+
     @classmethod
     def choose(
         cls,
@@ -98,6 +117,7 @@ class Endpoint:
         tls: bool = False,
         root_certificates: bytes | None = None,
         tls_name: str | None = None,
+        client_certificate: tuple[bytes, bytes] | None = None,
     ) -> Self:
         """Returns the endpoint of a client; omitted values come from the environment.
 
@@ -106,7 +126,8 @@ class Endpoint:
         """
         if server is None:
             server = os.environ.get(SERVER_VARIABLE) or DEFAULT_SERVER
-        return cls(server, _key_or_default(api_key), tls, root_certificates, tls_name)
+        key = _key_or_default(api_key)
+        return cls(server, key, tls, root_certificates, tls_name, client_certificate)
 
     @classmethod
     def of_channel(cls, api_key: str | None, **others: object) -> Self:
@@ -159,7 +180,10 @@ class Endpoint:
     @property
     def credentials(self) -> grpc.ChannelCredentials | None:
         """The channel credentials; None without TLS."""
-        return grpc.ssl_channel_credentials(self.trusted_certificates) if self.uses_tls else None
+        if not self.uses_tls:
+            return None
+        chain, key = self.client_certificate or (None, None)
+        return grpc.ssl_channel_credentials(self.trusted_certificates, key, chain)
 
     @property
     def trusted_certificates(self) -> bytes | None:
@@ -205,6 +229,27 @@ def clean_key(key: str) -> str:
             )
             raise invalid("api_key", "INVALID_FORMAT", text)
     return key
+
+
+def load_pair(context: ssl.SSLContext, chain: bytes, key: bytes) -> None:
+    """Loads a certificate and its key. Raises ssl.SSLError or ValueError."""
+    with TemporaryDirectory() as folder:  # OpenSSL reads them from files only.
+        file = Path(folder, "pair.pem")
+        file.touch(mode=0o600)
+        file.write_bytes(key + b"\n" + chain)
+        # Without a function for the passphrase, OpenSSL would ask at the terminal.
+        context.load_cert_chain(file, password=lambda: "")
+
+
+def _pair_fault(chain: bytes, key: bytes) -> str:
+    """Returns why a certificate and its key cannot be used, or an empty text."""
+    try:
+        load_pair(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), chain, key)
+    except (ssl.SSLError, ValueError) as error:
+        if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
+            return "the key is not that of the certificate"
+        return "it must be a certificate and its key without a passphrase, both in PEM format"
+    return ""
 
 
 def check_certificates(pem: bytes, source: str) -> None:

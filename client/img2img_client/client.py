@@ -66,13 +66,16 @@ class _Client(Generic[ChannelT, InterceptorT]):
         tls: bool = False,
         root_certificates: bytes | None = None,
         tls_name: str | None = None,
+        client_certificate: tuple[bytes, bytes] | None = None,
         retry: Retry | None = None,
         call_seconds: float = 60.0,
         channel: ChannelT | None = None,
         interceptors: Sequence[InterceptorT] = (),
     ) -> None:
         if channel is None:
-            self.endpoint = Endpoint.choose(server, api_key, tls, root_certificates, tls_name)
+            self.endpoint = Endpoint.choose(
+                server, api_key, tls, root_certificates, tls_name, client_certificate
+            )
         else:
             if not isinstance(channel, self._channel_class):
                 is_async = issubclass(self._channel_class, grpc.aio.Channel)
@@ -84,6 +87,7 @@ class _Client(Generic[ChannelT, InterceptorT]):
                 tls=tls,
                 root_certificates=root_certificates,
                 tls_name=tls_name,
+                client_certificate=client_certificate,
                 interceptors=interceptors,
             )
         requests.check_seconds("call_seconds", call_seconds)
@@ -199,10 +203,12 @@ class Client(_Client[grpc.Channel, "Interceptor"], Blocking):
         root_certificates: PEM of the authorities to trust instead; turns TLS on.
         tls_name: the name in the certificate, if it is not the host of `server`. Required with
             several addresses.
+        client_certificate: PEM of a certificate chain and of its key, for a server that requires
+            them (mutual TLS).
         retry: how long to retry.
         call_seconds: timeout of a single call, streams excepted.
-        channel: a channel of yours, instead of server, tls, root_certificates, tls_name and
-            interceptors. The client does not close it. Open it with `CHANNEL_OPTIONS`: gRPC's
+        channel: a channel of yours, instead of server, the arguments of TLS and interceptors. The
+            client does not close it. Open it with `CHANNEL_OPTIONS`: gRPC's
             default limit of 4 MB a message is too small for images.
         interceptors: gRPC client interceptors for the channel that the client opens.
 

@@ -18,7 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from img2img_client import errors
-from img2img_client.channel import GRPC_ROOTS_VARIABLE, Endpoint
+from img2img_client.channel import GRPC_ROOTS_VARIABLE, Endpoint, load_pair
 
 PROBE_SECONDS = 2.0
 # The first bytes of an HTTP/2 client: the preface, then an empty SETTINGS frame.
@@ -152,6 +152,9 @@ class _Probe:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(cadata=_trusted(self._endpoint))
         context.set_alpn_protocols(["h2"])
+        pair = self._endpoint.client_certificate
+        if pair:
+            load_pair(context, *pair)
         try:
             with (
                 self._connect(ip) as plain,
@@ -164,6 +167,8 @@ class _Probe:
                 connection.sendall(PREFACE)
                 if not connection.recv(FRAME_HEADER_BYTES):
                     text = "the server ends the TLS session: does it require a client certificate?"
+                    if pair:
+                        text = "the server ends the TLS session: does it trust client_certificate?"
                     return Finding(Cause.TLS_FAILED, text)
         except ssl.SSLCertVerificationError as error:
             return Finding(Cause.CERTIFICATE_REJECTED, self._certificate_text(error))

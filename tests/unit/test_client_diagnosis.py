@@ -16,9 +16,11 @@ from typing import Any
 import grpc
 import pytest
 import trustme
+from click.testing import CliRunner
 
 from img2img_client import AsyncClient, Cause, Client, InvalidArgumentError, Retry, UnavailableError
 from img2img_client.channel import Endpoint
+from img2img_client.cli import main as cli
 from img2img_client.diagnosis import probe
 from tests.fake_service import FakeService, serving
 from tests.golden_file import assert_golden
@@ -233,6 +235,57 @@ def test_invalid_certificates_are_rejected_before_any_call() -> None:
         with pytest.raises(InvalidArgumentError) as caught:
             Client("127.0.0.1:1", root_certificates=junk)
         assert caught.value.violations[0].field == "root_certificates"
+
+
+def pair_of(authority: trustme.CA) -> tuple[bytes, bytes]:
+    issued = authority.issue_cert("client.example")
+    return issued.cert_chain_pems[0].bytes(), issued.private_key_pem.bytes()
+
+
+def test_a_client_shows_its_certificate_to_a_server_that_requires_one(tmp_path: Path) -> None:
+    def call(pair: tuple[bytes, bytes]) -> str:
+        with Client(
+            f"127.0.0.1:{port}",
+            api_key="k",
+            root_certificates=ROOT,
+            client_certificate=pair,
+            retry=RETRY,
+        ) as client:
+            return client.capabilities().server_version
+
+    with tls_server("127.0.0.1", asks_for_ours=True) as port:
+        chain, key = pair_of(AUTHORITY)
+        assert call((chain, key)) == "0.1.0"
+        with pytest.raises(UnavailableError, match="does it trust client_certificate"):
+            call(pair_of(STRANGER))
+        files = {"ca-file": ROOT, "cert-file": chain, "key-file": key}
+        words = ["capabilities", "--server", f"127.0.0.1:{port}", "--json"]
+        for name, content in files.items():
+            (tmp_path / name).write_bytes(content)
+            words += [f"--{name}", str(tmp_path / name)]
+        ran = CliRunner().invoke(cli, words)
+        assert ran.exit_code == 0, ran.output
+        alone = CliRunner().invoke(cli, words[:-2])
+        assert "--cert-file and --key-file must be given together" in alone.output
+
+
+def test_a_wrong_client_certificate_is_rejected_before_any_call() -> None:
+    chain, key = pair_of(AUTHORITY)
+    other, _ = pair_of(STRANGER)
+    for pair, fault in (
+        ((chain, pair_of(AUTHORITY)[1]), "the key is not that of the certificate"),
+        ((other, key), "the key is not that of the certificate"),
+        ((chain, b""), "must be a certificate and its key"),
+        ((b"junk", key), "must be a certificate and its key"),
+        (chain, "two PEM files"),
+        ((chain, key, key), "two PEM files"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=fault) as caught:
+            Client("127.0.0.1:1", root_certificates=ROOT, client_certificate=pair)  # type: ignore[arg-type]
+        assert caught.value.violations[0].field == "client_certificate"
+        assert "PRIVATE KEY" not in str(caught.value)
+    with pytest.raises(InvalidArgumentError, match="without TLS"):
+        Client("127.0.0.1:1", client_certificate=(chain, key))
 
 
 def test_tls_trusts_the_authorities_of_the_system(

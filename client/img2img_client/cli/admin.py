@@ -60,6 +60,25 @@ def usage(session: Session, *, days: int) -> None:
 
 @admin.command()
 @command
+def keys(session: Session) -> None:
+    """List the API keys: whose they are, when they expire and when they were used last."""
+    found = session.client.admin.keys()
+
+    def show() -> None:
+        for each in found:
+            facts = [each.tenant, f'"{each.label}"' if each.label else "", *each.permissions]
+            if each.expire_time:
+                ends = "expired" if each.has_expired else "expires"
+                facts.append(f"{ends} {each.expire_time:%Y-%m-%d %H:%M} UTC")
+            used = each.last_use_time
+            facts.append(f"last used {used:%Y-%m-%d %H:%M} UTC" if used else "not used lately")
+            click.echo(f"{each.id}: {', '.join(filter(None, facts))}")
+
+    session.answer(found, show)
+
+
+@admin.command()
+@command
 def restart(session: Session) -> None:
     """Restart every worker. Running jobs go back to the queue and start again."""
     session.client.admin.restart_server()

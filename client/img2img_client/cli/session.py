@@ -29,6 +29,7 @@ from img2img_client.resume import Retry
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEV_KEY = "dev-key"
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 RETRY = Retry(connect_seconds=3.0)  # shorter than the default: a person waits at the terminal
 
 
@@ -75,6 +76,15 @@ def read_job(_ctx: click.Context, _parameter: click.Parameter, value: str) -> st
         raise click.BadParameter(str(error)) from error
 
 
+@dataclass(frozen=True)
+class TlsFiles:
+    """The PEM files of a connection: the trusted authorities, and the client's own pair."""
+
+    authorities: Path | None
+    certificate: Path | None
+    key: Path | None
+
+
 def command(function: F) -> F:
     """Decorates a command: adds the connection options and --json, and passes it a Session."""
 
@@ -85,10 +95,13 @@ def command(function: F) -> F:
         tls: bool,
         ca_file: Path | None,
         tls_name: str | None,
+        cert_file: Path | None,
+        key_file: Path | None,
         as_json: bool,
         **parameters: Any,
     ) -> None:
-        session = Session(_client(server, api_key, tls, ca_file, tls_name), as_json)
+        tls_files = TlsFiles(ca_file, cert_file, key_file)
+        session = Session(_client(server, api_key, tls, tls_files, tls_name), as_json)
         try:
             with session.client:
                 function(session, **parameters)
@@ -129,7 +142,7 @@ def command(function: F) -> F:
         click.option(
             "--ca-file",
             metavar="FILE",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            type=_FILE,
             help="Encrypt the connection and trust the certificate authorities of this PEM file.",
         ),
         click.option(
@@ -137,6 +150,13 @@ def command(function: F) -> F:
             metavar="NAME",
             help="The name in the certificate, if it is not the host of --server.",
         ),
+        click.option(
+            "--cert-file",
+            metavar="FILE",
+            type=_FILE,
+            help="Your certificate (PEM), for a service that requires one.",
+        ),
+        click.option("--key-file", metavar="FILE", type=_FILE, help="The key of --cert-file."),
         click.option(
             "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."
         ),
@@ -148,31 +168,38 @@ def command(function: F) -> F:
 
 
 def _client(
-    server: str, api_key: str | None, tls: bool, ca_file: Path | None, tls_name: str | None
+    server: str, api_key: str | None, tls: bool, files: TlsFiles, tls_name: str | None
 ) -> Client:
     """Returns the client for the options. Raises click.UsageError."""
-    root_certificates = None
+    if (files.certificate is None) != (files.key is None):
+        raise click.UsageError("--cert-file and --key-file must be given together")
+    roots, *pair = (_read(file) for file in (files.authorities, files.certificate, files.key))
     hint = "--ca-file"
     try:
-        if ca_file is not None:
-            root_certificates = ca_file.read_bytes()
-            check_certificates(root_certificates, str(ca_file))
+        if roots is not None:
+            check_certificates(roots, str(files.authorities))
         hint = ""
         key = api_key or _default_key(server)
         return Client(
             server,
             api_key=key,
             tls=tls,
-            root_certificates=root_certificates,
+            root_certificates=roots,
             tls_name=tls_name,
+            client_certificate=None if None in pair else tuple(pair),  # type: ignore[arg-type]
             retry=RETRY,
         )
-    except OSError as error:
-        text = f"cannot read {ca_file}: {error.strerror}"
-        raise click.BadParameter(text, param_hint=hint) from error
     except InvalidArgumentError as error:
-        hint = hint or "--" + error.violations[0].field.replace("_", "-")
+        field = error.violations[0].field.replace("_", "-")
+        hint = hint or {"client-certificate": "--cert-file"}.get(field, f"--{field}")
         raise click.BadParameter(str(error), param_hint=hint) from error
+
+
+def _read(file: Path | None) -> bytes | None:
+    try:
+        return file.read_bytes() if file else None
+    except OSError as error:
+        raise click.BadParameter(f"cannot read {file}: {error.strerror}") from error
 
 
 def _default_key(server: str) -> str:
