@@ -27,6 +27,7 @@ from img2img_server.lifecycle import RestartError
 from img2img_server.nats.bus import Bus
 from img2img_server.safety.base import SafetyChecker
 from img2img_server.settings import Settings
+from img2img_server.storage.interface import BlobStore
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine, FixedSafetyChecker
 from img2img_server.testing.memory_blobs import MemoryBlobStore
@@ -137,6 +138,7 @@ async def running_api(
     fetch: Fetch = no_fetch,
     keys: KeyRing | None = None,
     webhooks: Webhooks | None = None,
+    blobs: BlobStore | None = None,
 ) -> AsyncIterator[Api]:
     """Yields a real gRPC server on a free port, with NATS or its in-memory implementation."""
     config = config or settings()
@@ -150,7 +152,7 @@ async def running_api(
     sending = webhooks or Webhooks(no_post, Signer())
     ring = keys or KeyRing(None, dev_key=True)
     serving = asyncio.create_task(
-        serve(config, bus, fetched, sending, ring, stop, address.set_result)
+        serve(config, bus, fetched, sending, ring, stop, address.set_result, blobs=blobs)
     )
     await asyncio.wait({serving, address}, return_when=asyncio.FIRST_COMPLETED)
     if serving.done():
@@ -238,7 +240,7 @@ async def running_stack(
     bus = memory_bus()
     async with (
         running_worker(bus, engine, **worker) as running,
-        running_api(bus, api_config, fetch=fetch) as api,
+        running_api(bus, api_config, fetch=fetch, blobs=running.blobs) as api,
     ):
         yield Stack(bus, api, running)
 

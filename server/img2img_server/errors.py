@@ -8,6 +8,8 @@ ServiceError
 ├── PermissionDeniedError      PERMISSION_DENIED    PERMISSION_DENIED
 ├── JobNotFoundError           NOT_FOUND            JOB_NOT_FOUND
 ├── ModelNotFoundError         NOT_FOUND            MODEL_NOT_FOUND
+├── UploadNotFoundError        NOT_FOUND            UPLOAD_NOT_FOUND
+├── UploadExpiredError         NOT_FOUND            UPLOAD_EXPIRED
 ├── RequestIdReusedError       ALREADY_EXISTS       REQUEST_ID_REUSED
 ├── JobEndedError              FAILED_PRECONDITION  JOB_ENDED
 ├── JobNotEndedError           FAILED_PRECONDITION  JOB_NOT_ENDED
@@ -16,8 +18,11 @@ ServiceError
 ├── NoCatalogueError           FAILED_PRECONDITION  NO_CATALOGUE
 ├── StorageKeysMissingError    FAILED_PRECONDITION  STORAGE_KEYS_MISSING
 ├── StreamTokenKeysMissingError FAILED_PRECONDITION STREAM_TOKEN_KEYS_MISSING
+├── UploadIncompleteError      FAILED_PRECONDITION  UPLOAD_INCOMPLETE
+├── UploadsDisabledError       FAILED_PRECONDITION  UPLOADS_DISABLED
 ├── MessageTooLargeError       FAILED_PRECONDITION  MESSAGE_TOO_LARGE
 ├── QueueFullError             RESOURCE_EXHAUSTED   QUEUE_FULL           retry
+├── UploadsFullError           RESOURCE_EXHAUSTED   UPLOADS_FULL         retry
 ├── RateLimitedError           RESOURCE_EXHAUSTED   RATE_LIMITED         retry
 ├── RequestTooLargeError       RESOURCE_EXHAUSTED   REQUEST_TOO_LARGE
 ├── TooManyCallsError          RESOURCE_EXHAUSTED   TOO_MANY_CALLS       retry
@@ -172,6 +177,55 @@ class JobNotFoundError(ServiceError):
     reason = "JOB_NOT_FOUND"
     sentence = "{name} does not exist or has expired"
     name: str
+
+
+class UploadNotFoundError(ServiceError):
+    """The tenant has no such upload."""
+
+    code = Code.NOT_FOUND
+    reason = "UPLOAD_NOT_FOUND"
+    sentence = "There is no upload {upload}"
+    upload: str
+
+
+class UploadExpiredError(ServiceError):
+    """The upload existed, and its time is over."""
+
+    code = Code.NOT_FOUND
+    reason = "UPLOAD_EXPIRED"
+    sentence = "The upload {upload} has expired: create it again"
+    upload: str
+
+
+class UploadIncompleteError(ServiceError):
+    """The file of the upload was not sent to its URL yet."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "UPLOAD_INCOMPLETE"
+    sentence = "The file of the upload {upload} was not sent yet: send it to its URL with PUT"
+    upload: str
+
+
+class UploadsDisabledError(ServiceError):
+    """IMG2IMG_UPLOAD_BYTES is 0."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "UPLOADS_DISABLED"
+    sentence = "This server takes no uploads: its operator must set IMG2IMG_UPLOAD_BYTES"
+
+
+class UploadsFullError(ServiceError):
+    """The uploads of the tenant have their largest size or number together.
+
+    `retry_seconds`: the time until the first one expires.
+    """
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "UPLOADS_FULL"
+    sentence = "the tenant's uploads may have {most_bytes} bytes in {most_uploads} files together"
+    most_bytes: int
+    most_uploads: int
+    retry_seconds: float | None = None
 
 
 class ModelNotFoundError(ServiceError):

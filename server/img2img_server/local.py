@@ -46,6 +46,7 @@ _FOREIGN = {
 }
 # In the state folder: settings for another worker, with the credentials of the servers.
 WORKER_FILE = "worker.env"
+_UPLOAD_BYTES = 2**30
 _START_SECONDS = 600.0  # seconds; a large model on a slow disk takes minutes
 _PROBE_TIMEOUT = aiohttp.ClientTimeout(total=2.0)
 
@@ -71,7 +72,7 @@ async def serve_local(
             payload_bytes=needed_payload_bytes(settings.max_side_pixels),
         )
         async with engines, AsyncExitStack() as stack:
-            settings = _with_key(settings, "storage_keys", "storage.key")
+            settings = _with_uploads(_with_key(settings, "storage_keys", "storage.key"))
             settings = _with_key(settings, "stream_token_keys", "stream-token.key")
             with logs_reason():
                 # A download has no limit of time, but the start of the roles has one.
@@ -146,6 +147,13 @@ def _download(settings: Settings) -> None:
         raise SettingsError(error.mistake) from error
 
 
+def _with_uploads(settings: Settings) -> Settings:
+    """Takes uploads unless the setting says otherwise."""
+    if "upload_bytes" in settings.model_fields_set:
+        return settings
+    return settings.model_copy(update={"upload_bytes": _UPLOAD_BYTES})
+
+
 def _with_key(settings: Settings, name: str, file: str) -> Settings:
     """Adds a key that a setting lacks; it is created once, in a file of mode 600."""
     if getattr(settings, name).get_secret_value():
@@ -186,6 +194,7 @@ def _environment(settings: Settings, engines: LocalServers, metrics_port: int) -
         "S3_ACCESS_KEY": engines.s3_access_key,
         "S3_SECRET_KEY": engines.s3_secret_key,
         "STORAGE_KEYS": settings.storage_keys.get_secret_value(),
+        "UPLOAD_BYTES": settings.upload_bytes,
         "STREAM_TOKEN_KEYS": settings.stream_token_keys.get_secret_value(),
         # The standard error of the roles is a pipe, so they cannot detect the terminal.
         "LOG_FORMAT": "json" if is_json(settings.log_format) else "console",

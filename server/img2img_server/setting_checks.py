@@ -174,7 +174,7 @@ def _s3(checks: _Checks) -> None:
 
 
 def _api_s3(checks: _Checks) -> None:
-    if checks.settings.base64_inline:
+    if checks.settings.base64_inline or checks.settings.upload_bytes:
         _s3(checks)
 
 

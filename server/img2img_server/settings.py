@@ -364,6 +364,14 @@ class Settings(BaseSettings):
     """Longest wait of a request for a process or memory that decodes its init image, or for a
     download; then it is refused with `SERVER_BUSY`.
     """
+    upload_bytes: Bytes = Field(0, ge=0)
+    """Most bytes of the init images that a tenant keeps as uploads; 0: no uploads. With uploads,
+    the api needs the bucket, as workers do. `local` sets 1 GiB if it is not set."""
+    upload_hours: int = Field(24, ge=1, le=87_600)
+    """How long an upload is kept."""
+    upload_endpoint_url: S3Endpoint = ""
+    """Address of the S3 server in the URLs to which callers send uploads. Empty: s3_endpoint_url.
+    """
     rate_limit: Count = Field(0, ge=0)
     """Jobs that a key may make in a minute, at all apis together; 0: any number. `rate_limit` in a
     key's entry of the keys file takes precedence.

@@ -126,6 +126,13 @@ extraEnv. Kubernetes takes the last of two variables with one name and warns, or
 {{- end -}}
 {{- end -}}
 
+{{- /* "true" if settings make the api read or write the bucket. */ -}}
+{{- define "img2img.apiUsesBucket" -}}
+{{- $inline := eq (toString (default false .Values.settings.IMG2IMG_BASE64_INLINE)) "true" -}}
+{{- $uploads := not (has (toString (default 0 .Values.settings.IMG2IMG_UPLOAD_BYTES)) (list "0" "")) -}}
+{{- if or $inline $uploads }}true{{ end -}}
+{{- end -}}
+
 {{- define "img2img.storageKeysEnv" -}}
 {{- with .Values.storageKeys }}
 {{- if .existingSecret }}

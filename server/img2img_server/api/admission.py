@@ -308,7 +308,9 @@ class Admission:
         with self._downloaded.try_take(tenant, 0) as held:
             try:
                 data = request.init_image
-                if not data:
+                if request.upload:
+                    data = await self._deps.uploads.content(tenant, request.upload, held.resize)
+                elif not data:
                     with await self._downloads.take(tenant, 1):
                         data = await self._deps.fetch(params.init_image_url, held.resize)
                 return await decoder.check(
@@ -317,7 +319,7 @@ class Admission:
                     width=params.width,
                     height=params.height,
                     limits=self._deps.limits,
-                    downloaded=not request.init_image,
+                    downloaded=bool(params.init_image_url),
                     fit=self._fit(request, model),
                 )
             except InvalidImageError as error:

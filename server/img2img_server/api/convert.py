@@ -55,12 +55,14 @@ class Request:
         params: The parameters with the defaults filled in; not validated.
         given: Names of the options that the caller set.
         init_image: The bytes of an inline init image, else empty.
+        upload: The name of the upload that is the init image, else empty.
         violations: The values that the domain's types cannot hold.
     """
 
     params: JobParams
     given: frozenset[str]
     init_image: bytes
+    upload: str
     violations: list[Violation]
 
 
@@ -105,13 +107,16 @@ def request(
     if "scheduler" in given:
         given["scheduler"] = scheduler_name(spec.scheduler)
     params = complete({**given, "model": model_name}, model, limits)
-    return Request(params, frozenset(given), data, violations)
+    upload = spec.init_image.upload
+    return Request(params, frozenset(given), data, upload, violations)
 
 
 def _init_image(image: job_pb2.InitImage) -> tuple[str, bytes]:
     """Returns the URL, or the data of an inline image. Raises InvalidImageError."""
     if image.data:
         return "", image.data
+    if image.upload:
+        return "", b""
     if not image.url:
         raise InvalidImageError(required("init_image"))
     try:

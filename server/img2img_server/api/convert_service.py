@@ -19,6 +19,7 @@ from img2img_server.domain.models import ModelInfo, WorkerInfo
 from img2img_server.domain.params import Limits
 from img2img_server.domain.storage import StorageDetails
 from img2img_server.imaging.header import Container
+from img2img_server.nats.uploads import UploadRecord
 from img2img_server.settings import Settings
 
 _DETAILS = tuple(field.name for field in fields(StorageDetails))
@@ -34,6 +35,19 @@ def storage_settings(details: StorageDetails, deploy_type: str) -> service_pb2.S
     """Returns storage settings for a response: without key and secret."""
     shown = {name: getattr(details, name) for name in _DETAILS if name not in _SECRETS}
     return service_pb2.StorageSettings(deploy_type=deploy_type, **shown)
+
+
+def upload(record: UploadRecord) -> service_pb2.Upload:
+    """Returns the Upload message of a record."""
+    return service_pb2.Upload(
+        name=f"uploads/{record.id}",
+        sha256=record.sha256,
+        size_bytes=record.size_bytes,
+        media_type=record.media_type,
+        complete=record.is_complete,
+        create_time=convert.timestamp(record.create_time),
+        expire_time=convert.timestamp(record.expire_time),
+    )
 
 
 def capabilities(

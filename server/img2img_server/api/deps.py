@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from img2img_server.api.uploads import Uploads
 from img2img_server.api.worker_cache import CachedWorkerRegistry
 from img2img_server.domain.params import Limits
 from img2img_server.imaging.decoder import ImageDecoder
@@ -35,6 +36,7 @@ class ApiDeps:
     limits: Limits
     link_base: str
     stop: asyncio.Event
+    uploads: Uploads
 
     @property
     def jobs(self) -> JobStore:

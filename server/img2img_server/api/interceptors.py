@@ -31,7 +31,7 @@ from img2img_server.tracing import end, enter, extracted
 
 PACKAGE = "/img2img.v1."  # prefix of the names of the api's services
 # The calls that need memory or hold a stream. The HTTP contract promises not to limit fetch.
-_COUNTED = frozenset({"Generate", "CreateJob", "WatchJob"})
+_COUNTED = frozenset({"Generate", "CreateJob", "WatchJob", "CreateUpload", "CompleteUpload"})
 # Open calls with one response, of all tenants. A tenant has no more than it leaves free.
 UNARY_CALLS: Final = 1000
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"

@@ -33,6 +33,7 @@ from img2img_server.api.reflection import add_reflection
 from img2img_server.api.service import Img2ImgServicer
 from img2img_server.api.stream_tokens import StreamTokens
 from img2img_server.api.tls import server_credentials
+from img2img_server.api.uploads import Uploads
 from img2img_server.api.watch import Watcher
 from img2img_server.api.worker_cache import CachedWorkerRegistry
 from img2img_server.compat.modelslab import names, responses
@@ -46,6 +47,7 @@ from img2img_server.nats.bus import Bus, connect_bus
 from img2img_server.outbound.policy import OutboundPolicy
 from img2img_server.ports import host_port, is_wildcard, listeners, reachable
 from img2img_server.settings import Settings, SettingsError
+from img2img_server.storage.interface import BlobStore
 from img2img_server.storage.s3_blobs import connect_blobs
 from img2img_server.tasks import background_task
 from img2img_server.telemetry import (
@@ -109,11 +111,14 @@ async def serve_api(
         DecoderPool.of(settings, wait_seconds=settings.admission_wait_seconds) as decoder,
         connect_bus(settings, stop=stop) as bus,
         _inline_base64(settings, stop) as inline_base64,
+        _upload_blobs(settings) as blobs,
     ):
         webhooks = Webhooks(webhook_sender(policy), signer, inline_base64=inline_base64)
         # Modules are not searched for garbage again: each search would pause all streams.
         gc.freeze()
-        await serve(settings, bus, fetch, webhooks, keys, stop, started, decoder=decoder)
+        await serve(
+            settings, bus, fetch, webhooks, keys, stop, started, decoder=decoder, blobs=blobs
+        )
 
 
 async def serve(
@@ -126,20 +131,23 @@ async def serve(
     started: Callable[[str], None] | None = None,
     *,
     decoder: ImageDecoder | None = None,
+    blobs: BlobStore | None = None,
 ) -> None:
     """Serves with existing dependencies; see `serve_api`. Without a decoder, init images are
-    decoded in threads without limits.
+    decoded in threads without limits. Without `blobs`, no uploads are taken.
     """
+    decoder, limits = decoder or ThreadDecoder(), service_limits(settings)
     deps = ApiDeps(
         settings=settings,
         bus=bus,
         workers=CachedWorkerRegistry(bus.workers),
         fetch=fetch,
-        decoder=decoder or ThreadDecoder(),
+        decoder=decoder,
         policy=OutboundPolicy.of(settings),
-        limits=service_limits(settings),
+        limits=limits,
         link_base=_link_base(settings),
         stop=stop,
+        uploads=Uploads(settings, bus.uploads, blobs, decoder, limits),
     )
     await ApiServer(deps, webhooks, keys).serve(started)
 
@@ -253,6 +261,16 @@ async def _inline_base64(
     async with connect_blobs(settings) as blobs:
         await unless_stopped(stop, blobs.start_reading(settings.startup_timeout_seconds))
         yield partial(inline, blobs)
+
+
+@asynccontextmanager
+async def _upload_blobs(settings: Settings) -> AsyncIterator[BlobStore | None]:
+    """Yields the bucket if uploads are taken. The first upload connects to it."""
+    if not settings.upload_bytes:
+        yield None
+        return
+    async with connect_blobs(settings) as blobs:
+        yield blobs
 
 
 def server_options(settings: Settings) -> list[tuple[str, int]]:

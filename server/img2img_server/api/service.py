@@ -17,7 +17,7 @@ from img2img_server.api import convert
 from img2img_server.api.admin import StorageCalls
 from img2img_server.api.admission import Caller
 from img2img_server.api.cancel import Canceller
-from img2img_server.api.convert_service import capabilities
+from img2img_server.api.convert_service import capabilities, upload
 from img2img_server.api.deps import ApiDeps
 from img2img_server.api.disconnects import Disconnects, GenerateCall
 from img2img_server.api.dry_run import DryRun
@@ -197,6 +197,37 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         except OutboxFullError as error:
             raise errors.TooManyWebhooksError from error
         return service_pb2.RedeliverWebhookResponse(job=await self._watcher.message(job))
+
+    async def CreateUpload(  # noqa: N802
+        self, request: service_pb2.CreateUploadRequest, context: Context
+    ) -> service_pb2.CreateUploadResponse:
+        tenant, uploads = current_principal().tenant, self._deps.uploads
+        if request.image:
+            stored = await uploads.create(tenant, request.image, request.sha256, request.size_bytes)
+            return service_pb2.CreateUploadResponse(upload=upload(stored))
+        found, url, end = await uploads.announce(tenant, request.sha256, request.size_bytes)
+        response = service_pb2.CreateUploadResponse(upload=upload(found), put_url=url)
+        if url:
+            response.put_expire_time.CopyFrom(convert.timestamp(end))
+        return response
+
+    async def CompleteUpload(  # noqa: N802
+        self, request: service_pb2.CompleteUploadRequest, context: Context
+    ) -> service_pb2.CompleteUploadResponse:
+        found = await self._deps.uploads.complete(current_principal().tenant, request.name)
+        return service_pb2.CompleteUploadResponse(upload=upload(found))
+
+    async def GetUpload(  # noqa: N802
+        self, request: service_pb2.GetUploadRequest, context: Context
+    ) -> service_pb2.GetUploadResponse:
+        found = await self._deps.uploads.get(current_principal().tenant, request.name)
+        return service_pb2.GetUploadResponse(upload=upload(found))
+
+    async def DeleteUpload(  # noqa: N802
+        self, request: service_pb2.DeleteUploadRequest, context: Context
+    ) -> service_pb2.DeleteUploadResponse:
+        await self._deps.uploads.delete(current_principal().tenant, request.name)
+        return service_pb2.DeleteUploadResponse()
 
     async def GetCapabilities(  # noqa: N802
         self, request: service_pb2.GetCapabilitiesRequest, context: Context

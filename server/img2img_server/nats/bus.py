@@ -28,6 +28,7 @@ from img2img_server.nats.records import KvJobStore
 from img2img_server.nats.states import JetStreamStates
 from img2img_server.nats.tenant_settings import TenantStorage, kv_tenant_storage
 from img2img_server.nats.topology import HOUR, Bounds, needed_payload_bytes, prepare
+from img2img_server.nats.uploads import UploadRecords, kv_uploads
 from img2img_server.nats.usage import UsageLedger, kv_usage
 from img2img_server.nats.webhooks import JetStreamWebhookOutbox
 from img2img_server.nats.workers import KvWorkerRegistry
@@ -57,6 +58,7 @@ class Bus:
     usage: UsageLedger
     key_uses: KeyUses
     states: JobStates
+    uploads: UploadRecords
     # Waits at most that many seconds until NATS can be used. Raises UnavailableError.
     ready: Callable[[float], Coroutine[Any, Any, None]] = _is_ready
     # Tests whether NATS stores messages, for `trouble`, and compares the clocks.
@@ -121,6 +123,7 @@ async def connect_bus(
             usage=kv_usage(link),
             key_uses=kv_key_uses(link),
             states=JetStreamStates(link),
+            uploads=kv_uploads(link),
             trouble=lambda: link.trouble or probe.trouble,
             ready=link.ready,
             probe=probe,
@@ -135,4 +138,5 @@ def _bounds(settings: Settings) -> Bounds:
         events_max_bytes=settings.events_max_bytes,
         unserved_model_seconds=settings.unserved_model_hours * HOUR,
         replicas=settings.nats_replicas,
+        upload_seconds=settings.upload_hours * HOUR,
     )

@@ -45,6 +45,7 @@ MODELS_BUCKET: Final = "img2img-models"
 STORAGE_BUCKET: Final = "img2img-storage"
 RETIRED_STORAGE_BUCKET: Final = "img2img-storage-retired"
 USAGE_BUCKET: Final = "img2img-usage"
+UPLOADS_BUCKET: Final = "img2img-uploads"
 RATES_BUCKET: Final = "img2img-rates"
 
 EVENTS_SUBJECT: Final = "img2img.events.>"

@@ -16,6 +16,7 @@ from nats.js.api import DiscardPolicy, RePublish, RetentionPolicy, StorageType, 
 from img2img_server.errors import UnavailableError
 from img2img_server.nats import subjects
 from img2img_server.nats.connection import NatsConnection
+from img2img_server.nats.uploads import EXPIRED_SECONDS
 from img2img_server.settings import SettingsError
 
 _EXISTS_DIFFERENTLY: Final = 10058
@@ -68,6 +69,7 @@ class Bounds:
     webhook_limit: int = 10_000
     unserved_model_seconds: float = 0.0  # 0.0: models are listed for ever
     replicas: int = 1
+    upload_seconds: float = 24 * HOUR
 
     @property
     def event_log_seconds(self) -> float:
@@ -177,6 +179,7 @@ def streams(bounds: Bounds) -> list[StreamConfig]:
         _bucket(subjects.STORAGE_BUCKET, 0.0),
         _bucket(subjects.RATES_BUCKET, RATES_SECONDS),
         _bucket(subjects.USAGE_BUCKET, USAGE_SECONDS),
+        _bucket(subjects.UPLOADS_BUCKET, bounds.upload_seconds + EXPIRED_SECONDS),
         # A job that was accepted with this version may wait this long.
         _bucket(subjects.RETIRED_STORAGE_BUCKET, bounds.retention_seconds + RECORD_MARGIN_SECONDS),
     ]

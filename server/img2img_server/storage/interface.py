@@ -40,6 +40,13 @@ class BlobStore(Protocol):
         """Stores a file atomically: no reader sees a part of it. Raises StorageError."""
         ...
 
+    async def put_url(self, key: str, seconds: int) -> str:
+        """Returns a URL that takes the file with one PUT for so long. Raises StorageError.
+
+        The size and the content that are sent are not limited.
+        """
+        ...
+
     async def stat(self, key: str) -> BlobInfo | None:
         """Returns size and media type of the file, or None. Raises StorageError."""
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -54,6 +54,16 @@ class S3Access:
         with urllib3.PoolManager() as connections:
             access.client(connections)  # raises for values that the SDK refuses
         return access
+
+    def public_client(self, endpoint_url: str, connections: urllib3.PoolManager) -> Minio | None:
+        """Creates a client for another address of the store, which only signs URLs; None if there
+        is none. Raises SettingsError.
+        """
+        endpoint = urlsplit(endpoint_url)
+        if not endpoint.hostname:
+            return None
+        other = replace(self, host=endpoint.netloc, secure=endpoint.scheme == "https")
+        return other.client(connections)
 
     def client(self, connections: urllib3.PoolManager) -> Minio:
         """Creates a client, which connects with its first call. Raises SettingsError."""

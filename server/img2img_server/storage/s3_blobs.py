@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import copy_context
+from datetime import timedelta
 from io import BytesIO
 from typing import Any, Final, TypeVar
 
@@ -58,7 +59,8 @@ CONNECT_SECONDS: Final = 3.0
 READ_SECONDS: Final = 30.0
 ATTEMPT_SECONDS: Final = 5.0  # seconds; least time for an attempt at the start
 CLOSE_SECONDS: Final = 2.0  # seconds; longest wait for calls whose callers were cancelled
-FOLDERS: Final = ("generations", "temp")
+UPLOADS: Final = "uploads"
+FOLDERS: Final = ("generations", "temp", UPLOADS)
 
 # The file of the start check. The bucket expires it if the key must not delete.
 CHECK_KEY: Final = "temp/img2img-check-{}.txt"
@@ -77,9 +79,19 @@ class S3BlobStore:
     """A BlobStore in one bucket; created by `connect_blobs`."""
 
     def __init__(
-        self, client: Minio, pool: ThreadPoolExecutor, access: S3Access, *, keep_days: int
+        self,
+        client: Minio,
+        pool: ThreadPoolExecutor,
+        access: S3Access,
+        *,
+        keep_days: int,
+        upload_days: int = 1,
+        public_client: Minio | None = None,
     ) -> None:
         self._client = client
+        # Signs URLs for callers, who may reach the store at another address.
+        self._public_client = public_client or client
+        self._upload_days = upload_days
         self._pool = pool
         self._access = access
         self._bucket = access.bucket
@@ -113,10 +125,12 @@ class S3BlobStore:
                 why = explain(error.__cause__, self._access).sentence
             log.warning(
                 "lifecycle_rules_refused: the bucket %s takes no lifecycle rules (%s), so nothing "
-                "deletes old files. Add rules that expire generations/ and temp/ after %d days.",
+                "deletes old files. Add rules that expire generations/ and temp/ after %d days "
+                "and uploads/ after %d.",
                 self._bucket,
                 why,
                 self._keep_days,
+                self._upload_days,
             )
 
     async def start_reading(self, seconds: float = 0.0) -> None:
@@ -255,7 +269,7 @@ class S3BlobStore:
             ENABLED,
             rule_filter=Filter(prefix=f"{folder}/"),
             rule_id=f"img2img-{folder}",
-            expiration=Expiration(days=self._keep_days),
+            expiration=Expiration(days=self._upload_days if folder == UPLOADS else self._keep_days),
         )
 
     async def put(self, key: str, data: bytes, media_type: str) -> None:
@@ -277,6 +291,10 @@ class S3BlobStore:
         skew = clock_skew(headers)
         if skew is not None:
             self._skew.note(skew)
+
+    async def put_url(self, key: str, seconds: int) -> str:
+        client, expires = self._public_client, timedelta(seconds=seconds)
+        return await self._call(lambda: client.presigned_put_object(self._bucket, key, expires))
 
     async def stat(self, key: str) -> BlobInfo | None:
         return await self._call(lambda: self._stat(key))
@@ -389,7 +407,14 @@ async def connect_blobs(settings: Settings) -> AsyncIterator[S3BlobStore]:
     client = access.client(connections)
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="blobs")
     try:
-        yield S3BlobStore(client, pool, access, keep_days=math.ceil(settings.retention_hours / 24))
+        yield S3BlobStore(
+            client,
+            pool,
+            access,
+            keep_days=math.ceil(settings.retention_hours / 24),
+            upload_days=math.ceil(settings.upload_hours / 24),
+            public_client=access.public_client(settings.upload_endpoint_url, connections),
+        )
     finally:
         # A store that does not respond occupies a thread for READ_SECONDS.
         with suppress(TimeoutError):

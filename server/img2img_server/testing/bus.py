@@ -6,6 +6,7 @@ from img2img_server.nats.bus import Bus
 from img2img_server.nats.key_uses import KeyUses
 from img2img_server.nats.rates import Rates
 from img2img_server.nats.tenant_settings import TenantStorage
+from img2img_server.nats.uploads import UploadRecords
 from img2img_server.nats.usage import UsageLedger
 from img2img_server.storage.vault import Vault
 from img2img_server.testing.memory_queue import (
@@ -42,6 +43,7 @@ def memory_bus(
         usage=UsageLedger(MemoryBucket()),
         key_uses=KeyUses(MemoryBucket()),
         states=MemoryStates(),
+        uploads=UploadRecords(MemoryBucket()),
     )
 
 

@@ -33,6 +33,9 @@ class MemoryBlobStore:
         info = BlobInfo(key=key, size_bytes=len(data), media_type=media_type)
         self._files[key] = (info, bytes(data))
 
+    async def put_url(self, key: str, seconds: int) -> str:
+        return f"memory:///{key}"
+
     def stored_keys(self) -> list[str]:
         """Returns the keys of all files."""
         return list(self._files)

@@ -153,6 +153,7 @@ class InitImage(_message.Message):
 
     URL_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    UPLOAD_FIELD_NUMBER: _builtins.int
     url: _builtins.str
     """An http or https URL of at most 4096 characters, which the service downloads: public addresses
     only, unless the operator lists others; at most 3 redirects, 10 s, 20 MB and 64 megapixels. Path
@@ -163,17 +164,22 @@ class InitImage(_message.Message):
     """
     data: _builtins.bytes
     """Content of the file: at most 20,971,520 bytes and 64,000,000 pixels."""
+    upload: _builtins.str
+    """An upload of the tenant, see CreateUpload: its name, "uploads/{id}", its id, or "sha256:" and the
+    64 hexadecimal digits of the SHA-256 of its content.
+    """
     def __init__(
         self,
         *,
         url: _builtins.str = ...,
         data: _builtins.bytes = ...,
+        upload: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "source", b"source", "url", b"url"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "source", b"source", "upload", b"upload", "url", b"url"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "source", b"source", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "source", b"source", "upload", b"upload", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["url", "data"]  # noqa: Y015
+    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["url", "data", "upload"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_source) -> _WhichOneofReturnType_source | None: ...
 

@@ -108,6 +108,26 @@ class Img2ImgServiceStub:
                 request_serializer=img2img_dot_v1_dot_service__pb2.RedeliverWebhookRequest.SerializeToString,
                 response_deserializer=img2img_dot_v1_dot_service__pb2.RedeliverWebhookResponse.FromString,
                 _registered_method=True)
+        self.CreateUpload = channel.unary_unary(
+                '/img2img.v1.Img2ImgService/CreateUpload',
+                request_serializer=img2img_dot_v1_dot_service__pb2.CreateUploadRequest.SerializeToString,
+                response_deserializer=img2img_dot_v1_dot_service__pb2.CreateUploadResponse.FromString,
+                _registered_method=True)
+        self.CompleteUpload = channel.unary_unary(
+                '/img2img.v1.Img2ImgService/CompleteUpload',
+                request_serializer=img2img_dot_v1_dot_service__pb2.CompleteUploadRequest.SerializeToString,
+                response_deserializer=img2img_dot_v1_dot_service__pb2.CompleteUploadResponse.FromString,
+                _registered_method=True)
+        self.GetUpload = channel.unary_unary(
+                '/img2img.v1.Img2ImgService/GetUpload',
+                request_serializer=img2img_dot_v1_dot_service__pb2.GetUploadRequest.SerializeToString,
+                response_deserializer=img2img_dot_v1_dot_service__pb2.GetUploadResponse.FromString,
+                _registered_method=True)
+        self.DeleteUpload = channel.unary_unary(
+                '/img2img.v1.Img2ImgService/DeleteUpload',
+                request_serializer=img2img_dot_v1_dot_service__pb2.DeleteUploadRequest.SerializeToString,
+                response_deserializer=img2img_dot_v1_dot_service__pb2.DeleteUploadResponse.FromString,
+                _registered_method=True)
         self.GetCapabilities = channel.unary_unary(
                 '/img2img.v1.Img2ImgService/GetCapabilities',
                 request_serializer=img2img_dot_v1_dot_service__pb2.GetCapabilitiesRequest.SerializeToString,
@@ -183,6 +203,10 @@ class Img2ImgServiceServicer:
         - PERMISSION_DENIED, PERMISSION_DENIED: the key lacks a permission, for example "unsafe", which is
         needed to turn the safety checker off. Use another key or remove the option.
         - NOT_FOUND, MODEL_NOT_FOUND: no worker serves this model. Choose one from GetCapabilities.
+        - NOT_FOUND, UPLOAD_NOT_FOUND: the tenant has no upload that InitImage.upload names. Create it.
+        - NOT_FOUND, UPLOAD_EXPIRED: the upload has expired. Create it again.
+        - FAILED_PRECONDITION, UPLOAD_INCOMPLETE: the file of the upload was not sent yet.
+        - FAILED_PRECONDITION, UPLOADS_DISABLED: this server takes no uploads. Send the image itself.
         - ALREADY_EXISTS, REQUEST_ID_REUSED: request_id belongs to a different request. Use a new one.
         - FAILED_PRECONDITION, DEADLINE_TOO_SHORT: the job is not expected to finish within the call's
         deadline. Use a longer deadline. RetryInfo is set if waiting can help as well.
@@ -320,6 +344,64 @@ class Img2ImgServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateUpload(self, request, context):
+        """Stores an init image once, for any number of jobs that name it in InitImage.upload. With image, the
+        upload is checked and complete. Without image, the response has a URL for one PUT of the file
+        straight to the storage; then call CompleteUpload, or use the upload in a job, which completes it.
+
+        Idempotency: the same content is stored once. A complete upload of the tenant with this content is
+        returned with its name; if the request has the image, it expires later.
+
+        Errors:
+        - INVALID_ARGUMENT, INVALID_REQUEST: fields are invalid, or the image cannot be used.
+        - RESOURCE_EXHAUSTED, UPLOADS_FULL: the tenant's uploads have their largest size or number together.
+        Delete some, or retry after the time in RetryInfo, when the first one expires.
+        - RESOURCE_EXHAUSTED, TOO_MANY_CALLS: the tenant has too many open calls at this server.
+        - FAILED_PRECONDITION, UPLOADS_DISABLED: the operator has not set IMG2IMG_UPLOAD_BYTES.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CompleteUpload(self, request, context):
+        """Checks the file that was sent to the URL of CreateUpload: its size, its hash, and that it is an
+        image. Returns a complete upload unchanged.
+
+        Errors:
+        - NOT_FOUND, UPLOAD_NOT_FOUND: the tenant has no such upload.
+        - NOT_FOUND, UPLOAD_EXPIRED: the upload has expired. Create it again.
+        - FAILED_PRECONDITION, UPLOAD_INCOMPLETE: the storage has no file yet. Send it to the URL.
+        - FAILED_PRECONDITION, UPLOADS_DISABLED: the operator has not set IMG2IMG_UPLOAD_BYTES.
+        - INVALID_ARGUMENT, INVALID_REQUEST: the file is another one than announced, or no image that can be
+        used. It is deleted; another one can be sent until the URL expires.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetUpload(self, request, context):
+        """Returns an upload of the tenant.
+
+        Errors:
+        - NOT_FOUND, UPLOAD_NOT_FOUND: the tenant has no such upload.
+        - NOT_FOUND, UPLOAD_EXPIRED: the upload has expired.
+        - FAILED_PRECONDITION, UPLOADS_DISABLED: the operator has not set IMG2IMG_UPLOAD_BYTES.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteUpload(self, request, context):
+        """Deletes an upload. Jobs that were accepted with it keep their init image.
+
+        Errors:
+        - NOT_FOUND, UPLOAD_NOT_FOUND: the tenant has no such upload.
+        - FAILED_PRECONDITION, UPLOADS_DISABLED: the operator has not set IMG2IMG_UPLOAD_BYTES.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetCapabilities(self, request, context):
         """Returns the models that are served and the limits that requests are validated against.
         """
@@ -415,6 +497,26 @@ def add_Img2ImgServiceServicer_to_server(servicer, server):
                     servicer.RedeliverWebhook,
                     request_deserializer=img2img_dot_v1_dot_service__pb2.RedeliverWebhookRequest.FromString,
                     response_serializer=img2img_dot_v1_dot_service__pb2.RedeliverWebhookResponse.SerializeToString,
+            ),
+            'CreateUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateUpload,
+                    request_deserializer=img2img_dot_v1_dot_service__pb2.CreateUploadRequest.FromString,
+                    response_serializer=img2img_dot_v1_dot_service__pb2.CreateUploadResponse.SerializeToString,
+            ),
+            'CompleteUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.CompleteUpload,
+                    request_deserializer=img2img_dot_v1_dot_service__pb2.CompleteUploadRequest.FromString,
+                    response_serializer=img2img_dot_v1_dot_service__pb2.CompleteUploadResponse.SerializeToString,
+            ),
+            'GetUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUpload,
+                    request_deserializer=img2img_dot_v1_dot_service__pb2.GetUploadRequest.FromString,
+                    response_serializer=img2img_dot_v1_dot_service__pb2.GetUploadResponse.SerializeToString,
+            ),
+            'DeleteUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteUpload,
+                    request_deserializer=img2img_dot_v1_dot_service__pb2.DeleteUploadRequest.FromString,
+                    response_serializer=img2img_dot_v1_dot_service__pb2.DeleteUploadResponse.SerializeToString,
             ),
             'GetCapabilities': grpc.unary_unary_rpc_method_handler(
                     servicer.GetCapabilities,
@@ -709,6 +811,114 @@ class Img2ImgService:
             '/img2img.v1.Img2ImgService/RedeliverWebhook',
             img2img_dot_v1_dot_service__pb2.RedeliverWebhookRequest.SerializeToString,
             img2img_dot_v1_dot_service__pb2.RedeliverWebhookResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/img2img.v1.Img2ImgService/CreateUpload',
+            img2img_dot_v1_dot_service__pb2.CreateUploadRequest.SerializeToString,
+            img2img_dot_v1_dot_service__pb2.CreateUploadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CompleteUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/img2img.v1.Img2ImgService/CompleteUpload',
+            img2img_dot_v1_dot_service__pb2.CompleteUploadRequest.SerializeToString,
+            img2img_dot_v1_dot_service__pb2.CompleteUploadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/img2img.v1.Img2ImgService/GetUpload',
+            img2img_dot_v1_dot_service__pb2.GetUploadRequest.SerializeToString,
+            img2img_dot_v1_dot_service__pb2.GetUploadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/img2img.v1.Img2ImgService/DeleteUpload',
+            img2img_dot_v1_dot_service__pb2.DeleteUploadRequest.SerializeToString,
+            img2img_dot_v1_dot_service__pb2.DeleteUploadResponse.FromString,
             options,
             channel_credentials,
             insecure,

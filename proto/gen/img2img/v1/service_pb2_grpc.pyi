@@ -83,6 +83,10 @@ class Img2ImgServiceStub:
     - PERMISSION_DENIED, PERMISSION_DENIED: the key lacks a permission, for example "unsafe", which is
       needed to turn the safety checker off. Use another key or remove the option.
     - NOT_FOUND, MODEL_NOT_FOUND: no worker serves this model. Choose one from GetCapabilities.
+    - NOT_FOUND, UPLOAD_NOT_FOUND: the tenant has no upload that InitImage.upload names. Create it.
+    - NOT_FOUND, UPLOAD_EXPIRED: the upload has expired. Create it again.
+    - FAILED_PRECONDITION, UPLOAD_INCOMPLETE: the file of the upload was not sent yet.
+    - FAILED_PRECONDITION, UPLOADS_DISABLED: this server takes no uploads. Send the image itself.
     - ALREADY_EXISTS, REQUEST_ID_REUSED: request_id belongs to a different request. Use a new one.
     - FAILED_PRECONDITION, DEADLINE_TOO_SHORT: the job is not expected to finish within the call's
       deadline. Use a longer deadline. RetryInfo is set if waiting can help as well.
@@ -184,6 +188,48 @@ class Img2ImgServiceStub:
     - RESOURCE_EXHAUSTED, TOO_MANY_WEBHOOKS: too many webhooks of the tenant are undelivered. Retry after
       the time in RetryInfo.
     """
+    CreateUpload: _grpc.UnaryUnaryMultiCallable[_service_pb2.CreateUploadRequest, _service_pb2.CreateUploadResponse]
+    """Stores an init image once, for any number of jobs that name it in InitImage.upload. With image, the
+    upload is checked and complete. Without image, the response has a URL for one PUT of the file
+    straight to the storage; then call CompleteUpload, or use the upload in a job, which completes it.
+
+    Idempotency: the same content is stored once. A complete upload of the tenant with this content is
+    returned with its name; if the request has the image, it expires later.
+
+    Errors:
+    - INVALID_ARGUMENT, INVALID_REQUEST: fields are invalid, or the image cannot be used.
+    - RESOURCE_EXHAUSTED, UPLOADS_FULL: the tenant's uploads have their largest size or number together.
+      Delete some, or retry after the time in RetryInfo, when the first one expires.
+    - RESOURCE_EXHAUSTED, TOO_MANY_CALLS: the tenant has too many open calls at this server.
+    - FAILED_PRECONDITION, UPLOADS_DISABLED: the operator has not set IMG2IMG_UPLOAD_BYTES.
+    """
+    CompleteUpload: _grpc.UnaryUnaryMultiCallable[_service_pb2.CompleteUploadRequest, _service_pb2.CompleteUploadResponse]
+    """Checks the file that was sent to the URL of CreateUpload: its size, its hash, and that it is an
+    image. Returns a complete upload unchanged.
+
+    Errors:
+    - NOT_FOUND, UPLOAD_NOT_FOUND: the tenant has no such upload.
+    - NOT_FOUND, UPLOAD_EXPIRED: the upload has expired. Create it again.
+    - FAILED_PRECONDITION, UPLOAD_INCOMPLETE: the storage has no file yet. Send it to the URL.
+    - FAILED_PRECONDITION, UPLOADS_DISABLED: the operator has not set IMG2IMG_UPLOAD_BYTES.
+    - INVALID_ARGUMENT, INVALID_REQUEST: the file is another one than announced, or no image that can be
+      used. It is deleted; another one can be sent until the URL expires.
+    """
+    GetUpload: _grpc.UnaryUnaryMultiCallable[_service_pb2.GetUploadRequest, _service_pb2.GetUploadResponse]
+    """Returns an upload of the tenant.
+
+    Errors:
+    - NOT_FOUND, UPLOAD_NOT_FOUND: the tenant has no such upload.
+    - NOT_FOUND, UPLOAD_EXPIRED: the upload has expired.
+    - FAILED_PRECONDITION, UPLOADS_DISABLED: the operator has not set IMG2IMG_UPLOAD_BYTES.
+    """
+    DeleteUpload: _grpc.UnaryUnaryMultiCallable[_service_pb2.DeleteUploadRequest, _service_pb2.DeleteUploadResponse]
+    """Deletes an upload. Jobs that were accepted with it keep their init image.
+
+    Errors:
+    - NOT_FOUND, UPLOAD_NOT_FOUND: the tenant has no such upload.
+    - FAILED_PRECONDITION, UPLOADS_DISABLED: the operator has not set IMG2IMG_UPLOAD_BYTES.
+    """
     GetCapabilities: _grpc.UnaryUnaryMultiCallable[_service_pb2.GetCapabilitiesRequest, _service_pb2.GetCapabilitiesResponse]
     """Returns the models that are served and the limits that requests are validated against."""
     GetCaller: _grpc.UnaryUnaryMultiCallable[_service_pb2.GetCallerRequest, _service_pb2.GetCallerResponse]
@@ -271,6 +317,10 @@ class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
     - PERMISSION_DENIED, PERMISSION_DENIED: the key lacks a permission, for example "unsafe", which is
       needed to turn the safety checker off. Use another key or remove the option.
     - NOT_FOUND, MODEL_NOT_FOUND: no worker serves this model. Choose one from GetCapabilities.
+    - NOT_FOUND, UPLOAD_NOT_FOUND: the tenant has no upload that InitImage.upload names. Create it.
+    - NOT_FOUND, UPLOAD_EXPIRED: the upload has expired. Create it again.
+    - FAILED_PRECONDITION, UPLOAD_INCOMPLETE: the file of the upload was not sent yet.
+    - FAILED_PRECONDITION, UPLOADS_DISABLED: this server takes no uploads. Send the image itself.
     - ALREADY_EXISTS, REQUEST_ID_REUSED: request_id belongs to a different request. Use a new one.
     - FAILED_PRECONDITION, DEADLINE_TOO_SHORT: the job is not expected to finish within the call's
       deadline. Use a longer deadline. RetryInfo is set if waiting can help as well.
@@ -372,6 +422,48 @@ class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
     - RESOURCE_EXHAUSTED, TOO_MANY_WEBHOOKS: too many webhooks of the tenant are undelivered. Retry after
       the time in RetryInfo.
     """
+    CreateUpload: _aio.UnaryUnaryMultiCallable[_service_pb2.CreateUploadRequest, _service_pb2.CreateUploadResponse]  # type: ignore[assignment]
+    """Stores an init image once, for any number of jobs that name it in InitImage.upload. With image, the
+    upload is checked and complete. Without image, the response has a URL for one PUT of the file
+    straight to the storage; then call CompleteUpload, or use the upload in a job, which completes it.
+
+    Idempotency: the same content is stored once. A complete upload of the tenant with this content is
+    returned with its name; if the request has the image, it expires later.
+
+    Errors:
+    - INVALID_ARGUMENT, INVALID_REQUEST: fields are invalid, or the image cannot be used.
+    - RESOURCE_EXHAUSTED, UPLOADS_FULL: the tenant's uploads have their largest size or number together.
+      Delete some, or retry after the time in RetryInfo, when the first one expires.
+    - RESOURCE_EXHAUSTED, TOO_MANY_CALLS: the tenant has too many open calls at this server.
+    - FAILED_PRECONDITION, UPLOADS_DISABLED: the operator has not set IMG2IMG_UPLOAD_BYTES.
+    """
+    CompleteUpload: _aio.UnaryUnaryMultiCallable[_service_pb2.CompleteUploadRequest, _service_pb2.CompleteUploadResponse]  # type: ignore[assignment]
+    """Checks the file that was sent to the URL of CreateUpload: its size, its hash, and that it is an
+    image. Returns a complete upload unchanged.
+
+    Errors:
+    - NOT_FOUND, UPLOAD_NOT_FOUND: the tenant has no such upload.
+    - NOT_FOUND, UPLOAD_EXPIRED: the upload has expired. Create it again.
+    - FAILED_PRECONDITION, UPLOAD_INCOMPLETE: the storage has no file yet. Send it to the URL.
+    - FAILED_PRECONDITION, UPLOADS_DISABLED: the operator has not set IMG2IMG_UPLOAD_BYTES.
+    - INVALID_ARGUMENT, INVALID_REQUEST: the file is another one than announced, or no image that can be
+      used. It is deleted; another one can be sent until the URL expires.
+    """
+    GetUpload: _aio.UnaryUnaryMultiCallable[_service_pb2.GetUploadRequest, _service_pb2.GetUploadResponse]  # type: ignore[assignment]
+    """Returns an upload of the tenant.
+
+    Errors:
+    - NOT_FOUND, UPLOAD_NOT_FOUND: the tenant has no such upload.
+    - NOT_FOUND, UPLOAD_EXPIRED: the upload has expired.
+    - FAILED_PRECONDITION, UPLOADS_DISABLED: the operator has not set IMG2IMG_UPLOAD_BYTES.
+    """
+    DeleteUpload: _aio.UnaryUnaryMultiCallable[_service_pb2.DeleteUploadRequest, _service_pb2.DeleteUploadResponse]  # type: ignore[assignment]
+    """Deletes an upload. Jobs that were accepted with it keep their init image.
+
+    Errors:
+    - NOT_FOUND, UPLOAD_NOT_FOUND: the tenant has no such upload.
+    - FAILED_PRECONDITION, UPLOADS_DISABLED: the operator has not set IMG2IMG_UPLOAD_BYTES.
+    """
     GetCapabilities: _aio.UnaryUnaryMultiCallable[_service_pb2.GetCapabilitiesRequest, _service_pb2.GetCapabilitiesResponse]  # type: ignore[assignment]
     """Returns the models that are served and the limits that requests are validated against."""
     GetCaller: _aio.UnaryUnaryMultiCallable[_service_pb2.GetCallerRequest, _service_pb2.GetCallerResponse]  # type: ignore[assignment]
@@ -462,6 +554,10 @@ class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
         - PERMISSION_DENIED, PERMISSION_DENIED: the key lacks a permission, for example "unsafe", which is
           needed to turn the safety checker off. Use another key or remove the option.
         - NOT_FOUND, MODEL_NOT_FOUND: no worker serves this model. Choose one from GetCapabilities.
+        - NOT_FOUND, UPLOAD_NOT_FOUND: the tenant has no upload that InitImage.upload names. Create it.
+        - NOT_FOUND, UPLOAD_EXPIRED: the upload has expired. Create it again.
+        - FAILED_PRECONDITION, UPLOAD_INCOMPLETE: the file of the upload was not sent yet.
+        - FAILED_PRECONDITION, UPLOADS_DISABLED: this server takes no uploads. Send the image itself.
         - ALREADY_EXISTS, REQUEST_ID_REUSED: request_id belongs to a different request. Use a new one.
         - FAILED_PRECONDITION, DEADLINE_TOO_SHORT: the job is not expected to finish within the call's
           deadline. Use a longer deadline. RetryInfo is set if waiting can help as well.
@@ -610,6 +706,72 @@ class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
         - FAILED_PRECONDITION, NO_WEBHOOK: the request had no webhook.
         - RESOURCE_EXHAUSTED, TOO_MANY_WEBHOOKS: too many webhooks of the tenant are undelivered. Retry after
           the time in RetryInfo.
+        """
+
+    @_abc_1.abstractmethod
+    def CreateUpload(
+        self,
+        request: _service_pb2.CreateUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.CreateUploadResponse, _abc.Awaitable[_service_pb2.CreateUploadResponse]]:
+        """Stores an init image once, for any number of jobs that name it in InitImage.upload. With image, the
+        upload is checked and complete. Without image, the response has a URL for one PUT of the file
+        straight to the storage; then call CompleteUpload, or use the upload in a job, which completes it.
+
+        Idempotency: the same content is stored once. A complete upload of the tenant with this content is
+        returned with its name; if the request has the image, it expires later.
+
+        Errors:
+        - INVALID_ARGUMENT, INVALID_REQUEST: fields are invalid, or the image cannot be used.
+        - RESOURCE_EXHAUSTED, UPLOADS_FULL: the tenant's uploads have their largest size or number together.
+          Delete some, or retry after the time in RetryInfo, when the first one expires.
+        - RESOURCE_EXHAUSTED, TOO_MANY_CALLS: the tenant has too many open calls at this server.
+        - FAILED_PRECONDITION, UPLOADS_DISABLED: the operator has not set IMG2IMG_UPLOAD_BYTES.
+        """
+
+    @_abc_1.abstractmethod
+    def CompleteUpload(
+        self,
+        request: _service_pb2.CompleteUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.CompleteUploadResponse, _abc.Awaitable[_service_pb2.CompleteUploadResponse]]:
+        """Checks the file that was sent to the URL of CreateUpload: its size, its hash, and that it is an
+        image. Returns a complete upload unchanged.
+
+        Errors:
+        - NOT_FOUND, UPLOAD_NOT_FOUND: the tenant has no such upload.
+        - NOT_FOUND, UPLOAD_EXPIRED: the upload has expired. Create it again.
+        - FAILED_PRECONDITION, UPLOAD_INCOMPLETE: the storage has no file yet. Send it to the URL.
+        - FAILED_PRECONDITION, UPLOADS_DISABLED: the operator has not set IMG2IMG_UPLOAD_BYTES.
+        - INVALID_ARGUMENT, INVALID_REQUEST: the file is another one than announced, or no image that can be
+          used. It is deleted; another one can be sent until the URL expires.
+        """
+
+    @_abc_1.abstractmethod
+    def GetUpload(
+        self,
+        request: _service_pb2.GetUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.GetUploadResponse, _abc.Awaitable[_service_pb2.GetUploadResponse]]:
+        """Returns an upload of the tenant.
+
+        Errors:
+        - NOT_FOUND, UPLOAD_NOT_FOUND: the tenant has no such upload.
+        - NOT_FOUND, UPLOAD_EXPIRED: the upload has expired.
+        - FAILED_PRECONDITION, UPLOADS_DISABLED: the operator has not set IMG2IMG_UPLOAD_BYTES.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteUpload(
+        self,
+        request: _service_pb2.DeleteUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.DeleteUploadResponse, _abc.Awaitable[_service_pb2.DeleteUploadResponse]]:
+        """Deletes an upload. Jobs that were accepted with it keep their init image.
+
+        Errors:
+        - NOT_FOUND, UPLOAD_NOT_FOUND: the tenant has no such upload.
+        - FAILED_PRECONDITION, UPLOADS_DISABLED: the operator has not set IMG2IMG_UPLOAD_BYTES.
         """
 
     @_abc_1.abstractmethod
