@@ -25,7 +25,7 @@ from tests.http_stack import (
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 KEY = {"Authorization": "Bearer dev-key"}
-INIT_IMAGE = 'init_image must be an object with either "url" or "data" (base64)'
+INIT_IMAGE = 'init_image must be an object with "url", "data" (base64) or "upload"'
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -259,7 +259,8 @@ async def test_the_document_has_every_field_of_forms_and_of_the_query(gateway: G
     bodies = operation["requestBody"]["content"]
     assert set(bodies) == {"application/json", "multipart/form-data", "image/*"}
     [query] = [each for each in operation["parameters"] if each["in"] == "query"]
-    fields = {field.name for field in job_pb2.JobSpec.DESCRIPTOR.fields} | {"request_id"}
+    fields = {field.name for field in job_pb2.JobSpec.DESCRIPTOR.fields}
+    fields |= {"request_id", "upload"}
     form = bodies["multipart/form-data"]["schema"]["$ref"].rpartition("/")[2]
     assert set(schemas[form]["properties"]) == fields | {"key"}
     assert set(schemas[query["schema"]["$ref"].rpartition("/")[2]]["properties"]) == fields

@@ -105,6 +105,7 @@ def test_the_page_of_the_http_contract_quotes_the_messages_of_its_endpoints() ->
     page = (ROOT / CONTRACT).read_text(encoding="utf-8")
     own = {ErrorKind.FIELDS, ErrorKind.FORBIDDEN, ErrorKind.JOB_ENDED, ErrorKind.WRONG_METHOD}
     own |= {ErrorKind.REQUEST_ID_REUSED, ErrorKind.RATE_LIMIT}
+    own |= {ErrorKind.UNKNOWN_UPLOAD, ErrorKind.UPLOAD_EXPIRED, ErrorKind.UPLOAD_INCOMPLETE}
     messages = [kind.message for kind in ErrorKind if kind not in own]
     messages.append(sentences.ERRORS["QUEUE_FULL"].format(limit=15))
     values = {"max_megabytes": "20", "max_megapixels": "64"}

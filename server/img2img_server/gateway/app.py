@@ -37,6 +37,7 @@ from img2img_server.gateway.readiness import Readiness
 from img2img_server.gateway.upstream import Upstream
 from img2img_server.gateway.v1 import endpoints as v1
 from img2img_server.gateway.v1 import errors as v1_errors
+from img2img_server.gateway.v1 import uploads
 from img2img_server.settings import Settings
 from img2img_server.storage.interface import BlobStore
 
@@ -119,6 +120,7 @@ def create_app(
         Management(upstream).router(),
         _files(files),
         v1.Endpoints(settings, upstream, stop).router(),
+        uploads.Endpoints(upstream).router(),
         openai.Endpoints(settings, upstream, files, stop).router(),
         _probes(readiness or Readiness(channel, blobs, stop)),
     ):

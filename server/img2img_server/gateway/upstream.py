@@ -48,6 +48,8 @@ _STORAGE_CHECK_SECONDS = 90.0  # seconds; the check makes three requests to the 
 _OF_REASON = {
     **{kind.reason: kind for kind in ErrorKind},
     "QUEUE_FULL": ErrorKind.RATE_LIMIT,
+    "UPLOADS_FULL": ErrorKind.RATE_LIMIT,
+    "UPLOADS_DISABLED": ErrorKind.UNAVAILABLE,
     "TOO_MANY_CALLS": ErrorKind.RATE_LIMIT,
     "TOO_MANY_WATCHERS": ErrorKind.UNAVAILABLE,
     "SERVER_BUSY": ErrorKind.UNAVAILABLE,
@@ -75,6 +77,10 @@ _EXPLAINED_REASONS = (
     "STORAGE_KEYS_MISSING",
     "STREAM_TOKEN_KEYS_MISSING",
     "STREAM_TOKEN_EXPIRED",
+    "UPLOADS_DISABLED",
+    "UPLOAD_NOT_FOUND",
+    "UPLOAD_EXPIRED",
+    "UPLOAD_INCOMPLETE",
     "MESSAGE_TOO_LARGE",
 )
 T = TypeVar("T")
@@ -181,6 +187,27 @@ class Upstream:
         """Returns a token with which the job can be watched."""
         request = service_pb2.CreateStreamTokenRequest(name=f"jobs/{job_id}")
         return await _call(self._stub.CreateStreamToken, request, key)
+
+    async def create_upload(
+        self, key: str, request: service_pb2.CreateUploadRequest
+    ) -> service_pb2.CreateUploadResponse:
+        """Stores an init image, or returns where its file can be sent."""
+        return await _call(self._stub.CreateUpload, request, key, _CREATE_SECONDS)
+
+    async def upload(self, key: str, upload_id: str) -> service_pb2.GetUploadResponse:
+        """Returns an upload."""
+        request = service_pb2.GetUploadRequest(name=upload_id)
+        return await _call(self._stub.GetUpload, request, key)
+
+    async def complete_upload(self, key: str, upload_id: str) -> service_pb2.CompleteUploadResponse:
+        """Checks the file of an upload, and returns the upload."""
+        request = service_pb2.CompleteUploadRequest(name=upload_id)
+        return await _call(self._stub.CompleteUpload, request, key, _CREATE_SECONDS)
+
+    async def delete_upload(self, key: str, upload_id: str) -> service_pb2.DeleteUploadResponse:
+        """Deletes an upload."""
+        request = service_pb2.DeleteUploadRequest(name=upload_id)
+        return await _call(self._stub.DeleteUpload, request, key)
 
     async def cancel(self, key: str, job_id: int | str) -> job_pb2.Job:
         """Cancels a job and returns its record."""

@@ -23,7 +23,6 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Query
 from fastapi.sse import EventSourceResponse, format_sse_event
-from google.protobuf.message import Message
 from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import Response
@@ -125,7 +124,7 @@ class Endpoints:
     async def get_capabilities(self, request: Request) -> Response:
         """Returns the models being served, the default one first, and the limits, as
         GetCapabilities does over gRPC."""
-        return _json(await self._upstream.capabilities(find_key(request, {})))
+        return protojson.response(await self._upstream.capabilities(find_key(request, {})))
 
     async def create_job(self, request: Request) -> Response:
         """Queues a job and responds at once, as CreateJob does over gRPC. The body is JSON, a form
@@ -146,7 +145,7 @@ class Endpoints:
         except RequestError as error:
             error.violations = merge(Img2ImgRequest, error.violations)
             raise
-        return _json(service_pb2.CreateJobResponse(job=job))
+        return protojson.response(service_pb2.CreateJobResponse(job=job))
 
     async def estimate_job(self, request: Request) -> Response:
         """Estimates a job without creating it, as EstimateJob does over gRPC. The init image may be
@@ -158,7 +157,7 @@ class Endpoints:
         if violations := protojson.fill(wanted, sent):
             await self._upstream.caller(key)  # A wrong key is reported before wrong fields.
             raise RequestError(ErrorKind.FIELDS, violations=merge(Img2ImgRequest, violations))
-        return _json(await self._upstream.estimate(key, wanted.spec))
+        return protojson.response(await self._upstream.estimate(key, wanted.spec))
 
     async def list_jobs(self, request: Request) -> Response:
         """Returns a page of your jobs, newest first, as ListJobs does over gRPC. With `request_id`,
@@ -169,25 +168,27 @@ class Endpoints:
         if violations:
             await self._upstream.caller(key)  # A wrong key is reported before wrong parameters.
             raise RequestError(ErrorKind.FIELDS, violations=violations)
-        return _json(await self._upstream.list_jobs(key, wanted))
+        return protojson.response(await self._upstream.list_jobs(key, wanted))
 
     async def get_job(self, request: Request, job_id: JobId) -> Response:
         """Returns a job with its state, its images and its timings, as GetJob does over gRPC. The
         key must be in a header."""
         job = await self._upstream.get(find_key(request, {}), job_id)
-        return _json(service_pb2.GetJobResponse(job=job))
+        return protojson.response(service_pb2.GetJobResponse(job=job))
 
     async def cancel_job(self, request: Request, job_id: JobId) -> Response:
         """Ends a queued job at once and a running one at its next step, as CancelJob does over
         gRPC."""
         key = find_key(request, await read_json(request))
-        return _json(service_pb2.CancelJobResponse(job=await self._upstream.cancel(key, job_id)))
+        return protojson.response(
+            service_pb2.CancelJobResponse(job=await self._upstream.cancel(key, job_id))
+        )
 
     async def create_stream_token(self, request: Request, job_id: JobId) -> Response:
         """Returns a token for /v1/jobs/{id}/events, as CreateStreamToken does over gRPC. Give it
         to a page in a browser as `?token=`: an EventSource sends no headers."""
         key = find_key(request, await read_json(request))
-        return _json(await self._upstream.stream_token(key, job_id))
+        return protojson.response(await self._upstream.stream_token(key, job_id))
 
     async def watch_job(
         self,
@@ -240,7 +241,3 @@ class Endpoints:
 def _frame(event: event_pb2.JobEvent) -> bytes:
     data = protojson.dump(event)
     return format_sse_event(data_str=data, event=event.WhichOneof("event"), id=str(event.sequence))
-
-
-def _json(message: Message) -> Response:
-    return Response(protojson.dump(message), media_type="application/json")

@@ -23,12 +23,12 @@ from img2img_server.gateway.http.http_request import media_type_of, read_body, r
 from img2img_server.gateway.v1 import protojson
 
 IMAGE_TYPES: Final = "image/"
-_TAKES: Final = f"application/json, {forms.MEDIA_TYPE} or an image (Content-Type: image/*)"
+TAKES: Final = f"application/json, {forms.MEDIA_TYPE} or an image (Content-Type: image/*)"
 _BOOLEANS: Final = {"true": True, "1": True, "false": False, "0": False}
 _SPEC: Final = job_pb2.JobSpec.DESCRIPTOR
 # A dict of Python: that of the library raises SystemError for texts that are not Unicode.
 _CANONICAL: Final = {field.camelcase_name: field.name for field in _SPEC.fields}
-_TEXT_FIELDS: Final = {*_SPEC.fields_by_name, "request_id"}
+_TEXT_FIELDS: Final = {*_SPEC.fields_by_name, "request_id", "upload"}
 _MAX_JSON_CHARACTERS: Final = 2**18  # characters; enough for the longest annotations, all escaped
 
 
@@ -63,7 +63,7 @@ async def read(request: Request) -> JobRequest:
         found.create.spec.init_image.data = bytes(await read_body(request))
         found.given.add("init_image")
     else:
-        _take_json(found, await read_json(request, takes=_TAKES))
+        _take_json(found, await read_json(request, takes=TAKES))
     _take_texts(found, request.query_params.multi_items())
     return found
 
@@ -105,6 +105,9 @@ def _take_texts(found: JobRequest, texts: Iterable[tuple[str, str]]) -> None:
             continue
         elif name == "request_id":
             found.create.request_id = text
+        elif name == "upload":
+            if _is_new(found, "init_image"):
+                found.create.spec.init_image.upload = text
         elif name == "init_image":
             found.create.spec.init_image.CopyFrom(init_image(text))
         else:

@@ -10,6 +10,7 @@ from typing import Any
 from google.protobuf import json_format
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
+from starlette.responses import Response
 
 from img2img_server.domain.params import JobParams, Limits, Lora, ValidationContext, validate
 from img2img_server.domain.violations import Reason, Violation, invalid_type, not_supported
@@ -38,6 +39,11 @@ def dump(message: Message) -> str:
         always_print_fields_with_no_presence=True,
         indent=None,
     )
+
+
+def response(message: Message) -> Response:
+    """Returns a response with the message."""
+    return Response(dump(message), media_type="application/json")
 
 
 def fill(message: Message, body: dict[str, Any]) -> list[Violation]:
@@ -115,7 +121,7 @@ def _unreadable(field: FieldDescriptor, value: Any) -> Violation:
     if field.enum_type:
         return not_supported(field.name, [v.name for v in field.enum_type.values if v.number])
     if field.name == "init_image":
-        return invalid_type("init_image", 'an object with either "url" or "data" (base64)')
+        return invalid_type("init_image", 'an object with "url", "data" (base64) or "upload"')
     if field.name == "loras":
         return invalid_type("loras", _LORAS)
     if field.cpp_type in _INTEGERS and _INTEGER.fullmatch(str(value)):

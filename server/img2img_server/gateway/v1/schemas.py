@@ -31,7 +31,7 @@ _SOURCES = job_pb2.InitImage.DESCRIPTOR.fields
 _REQUEST_ID = {"description": "Chosen by the caller: the same one gives the same job again."}
 _CALLS = (
     *("CreateJob", "EstimateJob", "GetJob", "ListJobs", "CancelJob", "CreateStreamToken"),
-    "GetCapabilities",
+    *("CreateUpload", "CompleteUpload", "GetUpload", "DeleteUpload", "GetCapabilities"),
 )
 JOB_BODY: Schema = {
     "requestBody": {
@@ -60,16 +60,9 @@ def schemas(limits: Limits) -> dict[str, Schema]:
     found["CreateJobForm"] = _create_job_form(limits)
     found["JobFields"] = _object({}, _texts(limits))
     found["EstimateJobRequest"] = _estimate_job_request(limits)
-    calls = (
-        "CreateStreamToken",
-        "CreateJob",
-        "EstimateJob",
-        "GetJob",
-        "ListJobs",
-        "CancelJob",
-        "GetCapabilities",
-    )
-    for call in calls:
+    found["CreateUploadRequest"] = _create_upload_request(limits)
+    found["CreateUploadForm"] = _create_upload_form()
+    for call in _CALLS:
         _add(service_pb2.DESCRIPTOR.message_types_by_name[f"{call}Response"], found)
     _add(event_pb2.JobEvent.DESCRIPTOR, found)
     return found
@@ -118,14 +111,15 @@ def _create_job_request(limits: Limits) -> Schema:
 def _create_job_form(limits: Limits) -> Schema:
     fields = _texts(limits)
     text = "A file; or a text: a URL, a data URI or base64."
-    image = {"contentMediaType": "application/octet-stream", "description": text}
-    return _object({"prompt": fields.pop("prompt"), "init_image": image}, fields | {"key": _TEXT})
+    fields["init_image"] = {"contentMediaType": "application/octet-stream", "description": text}
+    return _object({"prompt": fields.pop("prompt")}, fields | {"key": _TEXT})
 
 
 def _texts(limits: Limits) -> dict[str, Schema]:
     """Returns the schemas of the fields that a form or a query has as texts."""
     fields = {field.name: _text(field, limits) for field in job_pb2.JobSpec.DESCRIPTOR.fields}
-    return fields | {"request_id": _TEXT | {"format": "uuid"} | _REQUEST_ID}
+    upload = _TEXT | {"description": "An upload, in place of init_image: its name, id or hash."}
+    return fields | {"request_id": _TEXT | {"format": "uuid"} | _REQUEST_ID, "upload": upload}
 
 
 def _text(field: FieldDescriptor, limits: Limits) -> Schema:
@@ -137,6 +131,20 @@ def _text(field: FieldDescriptor, limits: Limits) -> Schema:
     if field.enum_type:
         return {"enum": [value.name for value in field.enum_type.values]}
     return _SCALARS[field.cpp_type][0] | _keywords(field.name, limits)
+
+
+def _create_upload_request(limits: Limits) -> Schema:
+    text = "In base64, or as a data URI. Without it, the file is sent to `put_url`."
+    size = {"minimum": 1, "maximum": limits.max_image_bytes}
+    announced = {"sha256": _TEXT | {"pattern": "^[0-9a-fA-F]{64}$"}}
+    announced["size_bytes"] = {"type": "integer", **size}
+    image = _object({"image": _BYTES | {"minLength": 1, "description": text}}, {"key": _TEXT})
+    return {"anyOf": [image, _object(announced, {"key": _TEXT})]}
+
+
+def _create_upload_form() -> Schema:
+    image = {"contentMediaType": "application/octet-stream", "description": "The file."}
+    return _object({"image": image}, {"key": _TEXT})
 
 
 def _estimate_job_request(limits: Limits) -> Schema:
@@ -175,6 +183,8 @@ def _read(field: FieldDescriptor, limits: Limits) -> Schema:
 
 
 def _source(field: FieldDescriptor, limits: Limits) -> Schema:
+    if field.name == "upload":
+        return _TEXT | {"minLength": 1, "description": "Name, id or sha256: of an upload."}
     schema = _BYTES if field.type == field.TYPE_BYTES else _TEXT | {"format": "uri"}
     return schema | {"minLength": 1} | _keywords(field.name, limits)
 
