@@ -140,6 +140,7 @@ async def test_the_bucket_expires_our_files_and_keeps_the_rules_of_others(
     assert rules(client, settings.s3_bucket) == [
         ("img2img-generations", "generations/", 2),
         ("img2img-temp", "temp/", 2),
+        ("img2img-uploads", "uploads/", 1),
         ("operator", "logs/", 90),
     ]
 
@@ -200,3 +201,24 @@ async def test_wrong_credentials_are_refused_at_once(
         with pytest.raises(StorageError, match="SignatureDoesNotMatch"):
             await store.put(KEY, b"x", "image/png")
     assert outcomes("refused") == refused + 1
+
+
+async def test_a_url_takes_a_file_without_a_key(
+    engine_settings: Callable[..., Settings],
+) -> None:
+    key, data = "uploads/a/incoming-1", os.urandom(100_000)
+    own = engine_settings().s3_endpoint_url
+    for endpoint in ("", own.replace("127.0.0.1", "localhost")):
+        settings = engine_settings(upload_endpoint_url=endpoint)
+        async with connect_blobs(settings) as blobs, httpx.AsyncClient() as http:
+            await blobs.prepare()
+            await blobs.delete(key)
+            url = await blobs.put_url(key, 60)
+            assert url.startswith(endpoint or own)
+            assert (await http.put(url.replace(key, f"{key}2"), content=data)).status_code == 403
+            assert await blobs.stat(key) is None
+            assert (await http.put(url, content=data)).status_code == 200
+            info = await blobs.stat(key)
+            assert info is not None
+            assert info.size_bytes == len(data)
+            assert await content(blobs, key) == data

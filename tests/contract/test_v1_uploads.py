@@ -126,7 +126,7 @@ async def test_a_file_can_be_sent_to_the_bucket(gateway: Gateway) -> None:
         ({"json": {"image": 5}}, {"image": "INVALID_TYPE"}),
         ({"json": {"image": "https://example.org/a.png"}}, {"image": "INVALID_TYPE"}),
         ({"json": {"image": "GIF89a"}}, {"image": "INVALID_IMAGE"}),
-        ({"json": {"picture": TEXT}}, {"picture": "UNKNOWN_FIELD"}),
+        ({"json": {"file": TEXT}}, {"file": "UNKNOWN_FIELD"}),
         ({"json": {"size_bytes": "x", "sha256": HASH}}, {"size_bytes": "INVALID_TYPE"}),
         ({"files": {"file": ("cat.jpg", IMAGE)}}, {"file": "UNKNOWN_FIELD"}),
         ({"files": {"image": ("cat.jpg", b"")}}, {"image": "REQUIRED"}),

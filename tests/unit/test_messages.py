@@ -35,6 +35,9 @@ ARGUMENTS = {
     "sentence": "This key may not …",
     "state": "succeeded",
     "width": 1024,
+    "upload": "uploads/5b1f",
+    "most_bytes": 2**30,
+    "most_uploads": 1000,
     "violations": [invalid_type("width", "an integer")],
 }
 BAD_PARAMS = JobParams(
