@@ -44,13 +44,16 @@ TEXTS = (
 
 @schemathesis.hook
 def before_load_schema(_context: Any, raw_schema: dict[str, Any]) -> None:
-    """Leaves JSON as the only body of POST /v1/jobs: the coverage of forms, images and the query
-    would take as long as that of all other paths. tests/contract/test_v1_jobs.py has their cases.
+    """Leaves JSON as the only body of POST /v1/jobs and /v1/uploads: the coverage of forms, images
+    and the query would take as long as that of all other paths. tests/contract/test_v1_jobs.py and
+    tests/contract/test_v1_uploads.py have their cases.
     """
-    operation = raw_schema["paths"]["/v1/jobs"]["post"]
-    operation["parameters"] = [each for each in operation["parameters"] if each["in"] != "query"]
-    content = operation["requestBody"]["content"]
-    operation["requestBody"]["content"] = {"application/json": content["application/json"]}
+    for path in ("/v1/jobs", "/v1/uploads"):
+        operation = raw_schema["paths"][path]["post"]
+        parameters = operation.get("parameters", [])
+        operation["parameters"] = [each for each in parameters if each["in"] != "query"]
+        content = operation["requestBody"]["content"]
+        operation["requestBody"]["content"] = {"application/json": content["application/json"]}
 
 
 @schemathesis.hook
@@ -88,7 +91,7 @@ def before_call(_context: Any, case: Any, _kwargs: Any) -> None:
         case.headers["Idempotency-Key"] = str(uuid.uuid4())
     if meant_to_be_right and case.path_parameters:
         name = KNOWN["names"].get(case.path.split("/")[1], KNOWN["model"])
-        known = {"job_id": KNOWN["job"], "name": name}
+        known = {"job_id": KNOWN["job"], "upload_id": KNOWN["upload"], "name": name}
         for name in case.path_parameters:
             case.path_parameters[name] = known[name]
     # This also replaces an id from a response, whose job has ended.
@@ -117,6 +120,8 @@ def _correct_edit(body: dict[str, Any], file: bytes | None) -> None:
 
 
 def _correct(body: dict[str, Any]) -> None:
+    if "image" in body:  # of an upload
+        body["image"] = KNOWN["image"]
     if "init_image" in body:
         inline = KNOWN["image"]
         body["init_image"] = inline if isinstance(body["init_image"], str) else {"data": inline}

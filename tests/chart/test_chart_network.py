@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.chart_render import SETS, Object, Pod, of_kind, pods, render
+from tests.chart_render import SETS, Object, Pod, environment, of_kind, pods, render
 
 ROLES = ("api", "gateway", "worker", "nats", "s3", "test")
 
@@ -101,6 +101,18 @@ def test_policies_follow_the_ports_of_the_addresses() -> None:
     assert egress_ports("production", "demo-img2img-worker") == {53, 4222, 443}
     assert egress_ports("everything", "images-gateway") == {53, 4317, "grpc", 9000}
     assert egress_ports("gateway-only", "demo-img2img-gateway") == {53, 443}
+
+
+@pytest.mark.parametrize("number", ["0", "1073741824"])
+def test_the_api_reaches_the_bucket_if_it_takes_uploads(number: str) -> None:
+    objects = render("two-pools", "--set", f"settings.IMG2IMG_UPLOAD_BYTES={number}")
+    rules = of_kind(objects, "NetworkPolicy")["demo-img2img-api"]["spec"]["egress"]
+    ports = {port["port"] for rule in rules for port in rule.get("ports", [])}
+    [api] = [pod for pod in pods(objects) if pod.labels["app.kubernetes.io/component"] == "api"]
+    names = set(environment(objects, api.spec["containers"][0]))
+    takes_uploads = number != "0"
+    assert (9000 in ports) is takes_uploads
+    assert ("IMG2IMG_S3_ACCESS_KEY" in names) is takes_uploads
 
 
 def test_no_rule_lets_the_public_rule_reach_addresses_that_are_not_public() -> None:

@@ -75,11 +75,11 @@ async def everything(folder: Path) -> AsyncIterator[tuple[str, dict[str, object]
 
     idle = WorkerInfo(name="idle", model=IDLE, device="cpu")
     await bus.workers.announce(idle)
-    api_settings = settings(queue_limit=100_000, stream_token_keys="k" * 32)
+    api_settings = settings(queue_limit=100_000, stream_token_keys="k" * 32, upload_bytes=2**40)
     keys = KeyRing(file, dev_key=False)
     async with (
         background_task(work()) as working,
-        running_api(bus, api_settings, fetch=fetch_photo, keys=keys) as api,
+        running_api(bus, api_settings, fetch=fetch_photo, keys=keys, blobs=blobs) as api,
     ):
         address = asyncio.get_running_loop().create_future()
         config = settings(
@@ -99,16 +99,23 @@ async def everything(folder: Path) -> AsyncIterator[tuple[str, dict[str, object]
 
 
 async def _some_jobs(url: str, key: str) -> dict[str, object]:
-    """Creates two jobs and waits until they have ended, one of them with `temp`. Returns the id of
-    the first job and the names of the files.
+    """Creates two jobs and waits until they have ended, one of them with `temp`, and an upload.
+    Returns the ids of the first job and of the upload, and the names of the files.
     """
     async with httpx.AsyncClient(base_url=url) as http:
         made = [
             (await http.post(f"{V6}/img2img", json=body(key=key, temp=temp))).json()
             for temp in (False, True)
         ]
+        image = {"key": key, "image": photo_base64()}
+        upload = (await http.post("/v1/uploads", json=image)).json()["upload"]
     links = [job["output"][0].split("/") for job in made]
-    return {"job": str(made[0]["id"]), "names": {folder: name for *_, folder, name in links}}
+    upload_id = upload["name"].removeprefix("uploads/")
+    return {
+        "upload": upload_id,
+        "job": str(made[0]["id"]),
+        "names": {folder: name for *_, folder, name in links},
+    }
 
 
 async def report_of(folder: Path, known: dict[str, object], selection: str) -> str:
