@@ -122,6 +122,7 @@ TESTS = (
     RunBy("docs/runbooks.md", "python", f"{RUNBOOKS}the_program_lists_the_dead_letters"),
     RunBy("docs/v1-api.md", "sh", f"{FIRST}the_commands_of_the_v1_page", "oil painting"),
     RunBy("docs/v1-api.md", "sh", f"{FIRST}the_commands_of_the_v1_page", "oil+painting"),
+    RunBy("docs/v1-api.md", "sh", f"{FIRST}the_commands_of_the_v1_page", "/v1/uploads"),
     RunBy("docs/v1-api.md", "sh", f"{FIRST}an_event_source_watches_a_job", ":token"),
     RunBy("docs/v1-api.md", "js", f"{FIRST}an_event_source_watches_a_job"),
     RunBy("docs/v1-api.md", "text", f"{FIRST}an_event_source_watches_a_job"),

@@ -282,7 +282,11 @@ async def test_the_requests_of_the_quickstart_give_images(reader: Reader) -> Non
 
 
 async def test_the_commands_of_the_v1_page_create_the_same_job(reader: Reader) -> None:
-    commands = [each for each in blocks(V1, "sh") if "oil+painting" in each.text.replace(" ", "+")]
+    commands = [
+        each
+        for each in blocks(V1, "sh")
+        if "oil+painting" in each.text.replace(" ", "+") and "upload=" not in each.text
+    ]
     assert len(commands) == 3
     specs = [json.loads(await reader.shell(each))["job"]["spec"] for each in commands]
     assert [spec["prompt"] for spec in specs] == ["an oil painting of a cat"] * 3
@@ -291,12 +295,28 @@ async def test_the_commands_of_the_v1_page_create_the_same_job(reader: Reader) -
     }
 
 
+async def test_the_commands_of_the_v1_page_store_an_upload_and_create_its_job(
+    reader: Reader,
+) -> None:
+    store, create, announce = [each for each in blocks(V1, "sh") if "upload" in each.text]
+    await reader.shell(announce)  # straight to the bucket
+    job = json.loads(await reader.shell(create))["job"]
+    assert (job["state"], job["spec"]["prompt"]) == ("STATE_QUEUED", "an oil painting of a cat")
+    response = json.loads(await reader.shell(store))
+    [shown] = [each for each in blocks(V1, "text") if "put_url" in each.text]
+    example = json.loads(shown.text)
+    assert response.keys() == example.keys()
+    assert response["upload"].keys() == example["upload"].keys()
+    assert response["upload"]["complete"] is True
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 async def test_an_event_source_watches_a_job_with_the_token_that_the_v1_page_asks_for(
     reader: Reader,
 ) -> None:
     [ask] = [each for each in blocks(V1, "sh") if ":token" in each.text]
-    [script], [shown] = blocks(V1, "js"), blocks(V1, "text")
+    [script] = blocks(V1, "js")
+    [shown] = [each for each in blocks(V1, "text") if "token" in each.text]
     create = next(each for each in blocks(V1, "sh") if "-F init_image" in each.text)
     number = json.loads(await reader.shell(create))["job"]["id"]
     response = json.loads(
