@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from img2img_server.engine.device_memory import PeakMeter
 from img2img_server.setting_checks import mistakes_of
 from img2img_server.settings import Settings
 from img2img_server.worker.doctor import Report, examine
@@ -522,9 +524,21 @@ def test_a_folder_that_must_not_be_read_is_named(places: Path, tmp_path: Path) -
     assert "Permission denied: correct its permissions" in problem
 
 
-def test_the_peak_of_memory_is_reported(places: Path) -> None:
+def test_the_peak_of_memory_of_a_step_is_reported(places: Path) -> None:
     report, _ = diagnose(places / "sd")
     assert report.is_fine
     assert report.peaks["64x64"] > report.weights_bytes
     (line,) = (line for line in report.lines() if line.startswith("  64x64: "))
     assert re.search(r"at most \d+ MiB in use$", line)
+
+
+def test_a_peak_is_that_of_its_own_time() -> None:
+    cpu, size, peaks = torch.device("cpu"), 2**28, []
+    for is_busy in (False, True, False):
+        with PeakMeter(cpu) as meter:
+            if is_busy:
+                with mmap.mmap(-1, size) as memory:
+                    memory.write(b"\x01" * size)
+        peaks.append(meter.peak)
+    assert peaks[1] - peaks[0] > size / 2
+    assert peaks[1] - peaks[2] > size / 2

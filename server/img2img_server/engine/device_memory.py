@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-import resource
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 import torch
 
 from img2img_server.telemetry import DEVICE_MEMORY_BYTES
 
 STATES: Final = ("used", "free", "total")
+_SAMPLE_SECONDS: Final = 0.005
 
 
 def watch_memory(device: torch.device) -> None:
@@ -32,13 +33,41 @@ def _value(read: Callable[[], dict[str, int]], state: str) -> float:
         return math.nan
 
 
-def peak_memory(device: torch.device) -> int:
-    """Returns the most bytes that this process had in use so far: on a GPU, those that torch has
-    reserved; otherwise, those of the whole process.
+class PeakMeter:
+    """Measures the most bytes in use while it is open: on a GPU, those that torch has reserved;
+    otherwise, those of the whole process, in samples.
     """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="peak-meter", daemon=True)
+        self.peak = 0
+
+    def __enter__(self) -> Self:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._device.type == "cuda":
+            self.peak = torch.cuda.max_memory_reserved(self._device)
+            return
+        self._ended.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        is_last = False
+        while not is_last:
+            is_last = self._ended.wait(_SAMPLE_SECONDS)
+            self.peak = max(self.peak, _process_bytes())
+
+
+def _process_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _of_gpu(device: torch.device) -> dict[str, int]:
@@ -49,9 +78,8 @@ def _of_gpu(device: torch.device) -> dict[str, int]:
 def _of_machine() -> dict[str, int]:
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     found = {name: int(value.split()[0]) * 1024 for name, value in (x.split(":") for x in lines)}
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return {
-        "used": pages * os.sysconf("SC_PAGE_SIZE"),
+        "used": _process_bytes(),
         "free": found["MemAvailable"],
         "total": found["MemTotal"],
     }

@@ -30,8 +30,8 @@ class Report:
         notes: Files and settings that are ignored or replaced.
         parts: The parts of the model with their memory in bytes.
         sizes: The announced sizes, WIDTHxHEIGHT, with the seconds of their first step.
-        peaks: The most memory in bytes that the process (on a GPU: torch) had up to the end of the
-            step, weights included, by size.
+        peaks: The most memory in bytes that the process (on a GPU: torch) had during this step,
+            weights included, by size.
     """
 
     model: str = ""
@@ -136,7 +136,7 @@ def _report(settings: Settings) -> Report:
 
 
 def _examine(options: EngineOptions, report: Report) -> None:
-    from img2img_server.engine.device_memory import peak_memory
+    from img2img_server.engine.device_memory import PeakMeter
     from img2img_server.engine.load import load_denoiser, start_engine, warm_up
     from img2img_server.engine.memory import probe_of
 
@@ -164,7 +164,8 @@ def _examine(options: EngineOptions, report: Report) -> None:
             began = time.monotonic()
             size = f"{width}x{height}"
             try:
-                warm_up(engine, spec, size)
+                with PeakMeter(denoiser.device) as meter:
+                    warm_up(engine, spec, size)
             except ModelError as error:
                 if broken := denoiser.weights_not_finite():
                     raise ModelError(
@@ -173,7 +174,7 @@ def _examine(options: EngineOptions, report: Report) -> None:
                     ) from error
                 raise
             report.sizes[size] = time.monotonic() - began
-            report.peaks[size] = peak_memory(denoiser.device)
+            report.peaks[size] = meter.peak
     finally:
         engine.stop()
 
