@@ -277,6 +277,9 @@ def _announce(settings: Settings) -> None:
     options = "" if settings.dev_key else " --api-key KEY"
     if settings.tls_cert_file:
         options += f" --ca-file {shlex.quote(str(settings.api_ca_file))}"
+    if settings.tls_client_ca_file:
+        options += f" --cert-file {shlex.quote(str(settings.api_cert_file))}"
+        options += f" --key-file {shlex.quote(str(settings.api_key_file))}"
     print(
         f'command: img2img generate --server {grpc}{options} --prompt "an oil painting" '
         "--init-image photo.jpg",

@@ -240,3 +240,9 @@ async def test_the_command_for_a_service_with_tls_trusts_its_authority(
     _announce(Settings(tls_cert_file=file, tls_key_file=file, api_ca_file=authority))
     words = shlex.split(capsys.readouterr().out.splitlines()[1])
     assert words[words.index("--ca-file") + 1] == str(authority)
+    both = {"tls_client_ca_file": file, "api_cert_file": file, "api_key_file": file}
+    _announce(Settings(tls_cert_file=file, tls_key_file=file, api_ca_file=authority, **both))
+    words = shlex.split(capsys.readouterr().out.splitlines()[1])
+    assert (
+        words[words.index("--cert-file") + 1] == words[words.index("--key-file") + 1] == str(file)
+    )
