@@ -21,8 +21,9 @@ def in_a_folder_with_a_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TZ", "UTC")
-    for name in ("IMG2IMG_SERVER", "IMG2IMG_API_KEY"):
+    for name in ("IMG2IMG_SERVER", "IMG2IMG_API_KEY", "IMG2IMG_PROFILE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("IMG2IMG_CONFIG", str(tmp_path / "config.toml"))
     time.tzset()
     yield
     monkeypatch.undo()

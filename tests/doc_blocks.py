@@ -67,6 +67,11 @@ TESTS = (
     RunBy("docs/client.md", "sh", f"{CLIENT}command_on_the_page_parses"),
     RunBy(
         "docs/client.md",
+        "toml",
+        "tests/unit/test_cli_profiles.py::test_the_file_on_the_page_is_a_file_of_profiles",
+    ),
+    RunBy(
+        "docs/client.md",
         "json",
         "tests/unit/test_client_docs.py::test_the_printed_job_on_the_page_has_real_fields",
     ),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
-from img2img.v1 import job_pb2, service_pb2
+from img2img.v1 import event_pb2, job_pb2, service_pb2
 from img2img_client.cli import main, report
 from img2img_client.cli.admin import admin
+from img2img_client.cli.progress import LiveDisplay
+from img2img_client.convert import event_from
 from tests.cli_runs import REQUEST, in_a_folder_with_a_photo, run
 from tests.fake_job import NAME, State, events, job
 from tests.fake_service import FakeService, last, serving
@@ -272,6 +276,35 @@ def test_a_list_leaves_out_columns_before_it_cuts_an_id(
     assert [row.split()[0] for row in rows] == ["10000001", "10000001"]
     if columns >= 12:
         assert all(len(row) <= columns for row in rows)
+
+
+@pytest.mark.parametrize("columns", [40, 28])
+@pytest.mark.parametrize("words", [["get"], ["cancel"], ["watch"], ["redeliver"], ["list"]])
+def test_a_narrow_terminal_never_cuts_the_id_of_a_job(
+    columns: int, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "PIPE_COLUMNS", columns)
+    long_name = f"jobs/{2**63 - 1}"
+    found = job(State.STATE_QUEUED)
+    found.name, found.id = long_name, 2**63 - 1
+    service = FakeService(pages={"": service_pb2.ListJobsResponse(jobs=[found])})
+    monkeypatch.setattr(service, "_job", lambda: found)
+    service.log[-1].succeeded.job.name = long_name
+    result = run(service, *words, *([] if words == ["list"] else [long_name]))
+    assert result.exit_code == 0, result.output
+    assert str(2**63 - 1) in result.stdout
+
+
+@pytest.mark.parametrize("columns", [80, 40, 34])
+def test_the_live_display_of_a_narrow_terminal_never_cuts_the_id_of_a_job(columns: int) -> None:
+    console = Console(width=columns, file=io.StringIO(), force_terminal=True, color_system=None)
+    display = LiveDisplay(console)
+    event = event_from(event_pb2.JobEvent(job=f"jobs/{2**63 - 1}", queued=event_pb2.JobQueued()))
+    assert event is not None
+    display.show(event)
+    console.print(display)
+    assert isinstance(console.file, io.StringIO)
+    assert f"jobs/{2**63 - 1}" in console.file.getvalue()
 
 
 def test_an_empty_list_prints_no_jobs() -> None:

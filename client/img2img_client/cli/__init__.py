@@ -21,6 +21,7 @@ from img2img_client.cli.jobs import (
     redeliver,
     watch,
 )
+from img2img_client.cli.profiles import profiles
 from img2img_client.cli.program import Program
 
 
@@ -40,6 +41,17 @@ def main() -> None:
     """
 
 
-COMMANDS = (generate, estimate, watch, get, list_jobs, cancel, redeliver, capabilities, admin)
+COMMANDS = (
+    generate,
+    estimate,
+    watch,
+    get,
+    list_jobs,
+    cancel,
+    redeliver,
+    capabilities,
+    profiles,
+    admin,
+)
 for command in COMMANDS:
     main.add_command(command)

@@ -118,7 +118,8 @@ def show_job(job: Job) -> None:
         if text:
             style = COLOURS.get(job.state, "cyan") if name == "state" else ""
             table.add_row(Text(name, style="dim"), Text(text, style=style))
-    _print(table)
+    table.columns[1].min_width = len(job.name)  # A narrow terminal must not cut the name.
+    _console().print(table, crop=False)
     for url in [sample.url for sample in job.samples if sample.url]:
         click.echo(url)
     if job.timings is not None and job.state.is_terminal:

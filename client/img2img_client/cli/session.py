@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from img2img_client.channel import (
     DEFAULT_SERVER,
@@ -18,6 +19,7 @@ from img2img_client.channel import (
     Endpoint,
     check_certificates,
 )
+from img2img_client.cli.profiles import PROFILE_VARIABLE, complete_profile, read_config
 from img2img_client.cli.program import job_facts, to_json
 from img2img_client.client import Client
 from img2img_client.diagnosis import Cause
@@ -90,6 +92,7 @@ def command(function: F) -> F:
 
     @functools.wraps(function)
     def run(
+        profile: str | None,
         server: str,
         api_key: str | None,
         tls: bool,
@@ -100,8 +103,9 @@ def command(function: F) -> F:
         as_json: bool,
         **parameters: Any,
     ) -> None:
-        tls_files = TlsFiles(ca_file, cert_file, key_file)
-        session = Session(_client(server, api_key, tls, tls_files, tls_name), as_json)
+        files = TlsFiles(ca_file, cert_file, key_file)
+        chosen = _with_profile(profile, Connection(server, api_key, tls, files, tls_name))
+        session = Session(_client(chosen), as_json)
         try:
             with session.client:
                 function(session, **parameters)
@@ -111,13 +115,21 @@ def command(function: F) -> F:
                 error.add_note("Is it running? `img2img-server local` starts it on this machine.")
             raise
         except UnauthenticatedError as error:
-            used = "" if api_key else f"No key was given, so {DEV_KEY} was used. "
+            used = "" if chosen.api_key else f"No key was given, so {DEV_KEY} was used. "
             error.add_note(f"{used}Set your key with --api-key or {KEY_VARIABLE}.")
             raise
         except KeyboardInterrupt:
             raise click.Abort from None
 
     options = (
+        click.option(
+            "--profile",
+            metavar="NAME",
+            envvar=PROFILE_VARIABLE,
+            show_envvar=True,
+            shell_complete=complete_profile,
+            help="The service and key of this name, see `img2img profiles`.",
+        ),
         click.option(
             "--server",
             metavar="HOST:PORT",
@@ -167,10 +179,63 @@ def command(function: F) -> F:
     return decorated  # type: ignore[no-any-return]
 
 
-def _client(
-    server: str, api_key: str | None, tls: bool, files: TlsFiles, tls_name: str | None
-) -> Client:
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """The values of the options that describe the connection."""
+
+    server: str
+    api_key: str | None
+    tls: bool
+    files: TlsFiles
+    tls_name: str | None
+
+
+def _with_profile(name: str | None, given: Connection) -> Connection:
+    """Returns the connection with the values of a profile where no option was given.
+
+    The default profile is used only if no server is named otherwise, so that no service gets the
+    key of another one. The environment comes before the default profile and after a named one.
+
+    Raises:
+        click.UsageError: there is no such profile, or it is combined with a server.
+    """
+    source = click.get_current_context().get_parameter_source
+    if name is None:
+        if source("server") is not ParameterSource.DEFAULT:
+            return given
+        config = read_config()
+        if not config.default:
+            return given
+        profile = config.get(config.default)
+    elif source("server") is ParameterSource.COMMANDLINE:
+        text = "--server cannot be combined with a profile, whose key belongs to another service"
+        raise click.UsageError(text)
+    else:
+        config = read_config()
+        profile = config.get(name)
+    is_key_given = source("api_key") is ParameterSource.COMMANDLINE or (
+        name is None and bool(given.api_key)
+    )
+    key = given.api_key if is_key_given else profile.api_key or given.api_key
+    names = (profile.ca_file, profile.cert_file, profile.key_file)
+    files = (config.path.parent / Path(name).expanduser() if name else None for name in names)
+    own = TlsFiles(*files)
+    return Connection(
+        profile.server,
+        key,
+        given.tls or profile.tls,
+        TlsFiles(
+            given.files.authorities or own.authorities,
+            given.files.certificate or own.certificate,
+            given.files.key or own.key,
+        ),
+        given.tls_name or profile.tls_name or None,
+    )
+
+
+def _client(chosen: Connection) -> Client:
     """Returns the client for the options. Raises click.UsageError."""
+    files = chosen.files
     if (files.certificate is None) != (files.key is None):
         raise click.UsageError("--cert-file and --key-file must be given together")
     roots, *pair = (_read(file) for file in (files.authorities, files.certificate, files.key))
@@ -179,13 +244,12 @@ def _client(
         if roots is not None:
             check_certificates(roots, str(files.authorities))
         hint = ""
-        key = api_key or _default_key(server)
         return Client(
-            server,
-            api_key=key,
-            tls=tls,
+            chosen.server,
+            api_key=chosen.api_key or _default_key(chosen.server),
+            tls=chosen.tls,
             root_certificates=roots,
-            tls_name=tls_name,
+            tls_name=chosen.tls_name,
             client_certificate=None if None in pair else tuple(pair),  # type: ignore[arg-type]
             retry=RETRY,
         )

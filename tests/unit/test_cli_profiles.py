@@ -1,0 +1,195 @@
+"""Profiles of the command, and the completion of shells."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from img2img_client.cli import main
+from tests.cli_runs import in_a_folder_with_a_photo
+from tests.fake_service import FakeService, serving
+from tests.readme import ROOT, blocks
+
+# The name of the program decides the name of the variable.
+START = "import sys; sys.argv[0] = 'img2img'; from img2img_command import main; main()"
+pytestmark = pytest.mark.usefixtures(in_a_folder_with_a_photo.__name__)
+
+
+def write(text: str, mode: int = 0o600) -> None:
+    """Writes the settings file of the test."""
+    path = Path("config.toml")
+    path.write_text(text)
+    path.chmod(mode)
+
+
+def call(*words: str) -> Result:
+    return CliRunner().invoke(main, [*words])
+
+
+@pytest.mark.parametrize(
+    ("default", "words", "environment", "key"),
+    [
+        ("", ("--profile", "here"), {}, "of-here"),
+        ("here", (), {}, "of-here"),
+        ("here", ("--profile", "keyless"), {"IMG2IMG_API_KEY": "of-env"}, "of-env"),
+        ("keyless", (), {"IMG2IMG_PROFILE": "here"}, "of-here"),
+        ("", ("--profile", "here"), {"IMG2IMG_API_KEY": "of-env"}, "of-here"),
+        ("here", (), {"IMG2IMG_API_KEY": "of-env"}, "of-env"),
+        ("", ("--profile", "here", "--api-key", "given"), {}, "given"),
+        ("here", ("--api-key", "given"), {}, "given"),
+        ("keyless", (), {}, "dev-key"),
+    ],
+)
+def test_a_profile_gives_server_and_key(
+    default: str,
+    words: tuple[str, ...],
+    environment: dict[str, str],
+    key: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    service = FakeService()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with serving(service) as port:
+        first = f'default = "{default}"\n' if default else ""
+        server = f'server = "127.0.0.1:{port}"\n'
+        write(f'{first}[profiles.here]\n{server}api_key = "of-here"\n[profiles.keyless]\n{server}')
+        result = call("get", "10000001", *words)
+    assert result.exit_code == 0, result.output
+    assert service.keys == [f"Bearer {key}"]
+
+
+@pytest.mark.parametrize("is_variable", [False, True])
+def test_a_server_that_is_named_otherwise_never_gets_the_key_of_a_profile(
+    is_variable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write('default = "far"\n[profiles.far]\nserver = "far.example.com"\napi_key = "secret"\n')
+    service = FakeService()
+    with serving(service) as port:
+        server = f"127.0.0.1:{port}"
+        words = () if is_variable else ("--server", server)
+        if is_variable:
+            monkeypatch.setenv("IMG2IMG_SERVER", server)
+        assert call("get", "10000001", *words).exit_code == 0
+        assert service.keys == ["Bearer dev-key"]
+        result = call("get", "10000001", "--profile", "far", "--server", server)
+    assert result.exit_code == 2
+    assert "--server cannot be combined with a profile" in result.stderr
+    assert len(service.keys) == 1
+
+
+def test_the_certificates_of_a_profile_are_in_the_folder_of_its_file() -> None:
+    write('[profiles.a]\nserver = "10.0.0.7"\napi_key = "k"\nca_file = "none.pem"\n')
+    result = call("capabilities", "--profile", "a")
+    assert result.exit_code == 2
+    assert f"cannot read {Path('none.pem').absolute()}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[profiles", "is not a TOML file"),
+        ("colour = 1", "there is no setting colour"),
+        ("profiles = 1", "profiles must be tables"),
+        ("[profiles]\na = 1", "must be a table"),
+        ('[profiles.a]\nsever = "x"', "there is no setting 'sever'"),
+        ("[profiles.a]\nserver = 5", "server must be text"),
+        ('[profiles.a]\nserver = "x"\ntls = "yes"', "tls must be true or false"),
+        ("[profiles.a]\ntls = true", "server is missing"),
+        ('default = "b"\n[profiles.a]\nserver = "x"', "there is no profile 'b'"),
+        ('[profiles.b]\nserver = "x"', "there is no profile 'a'"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_its_path_and_the_setting(text: str, words: str) -> None:
+    write(text)
+    result = call("get", "10000001", "--profile", "a")
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert "config.toml" in result.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs file modes")
+@pytest.mark.parametrize(("mode", "code"), [(0o600, 0), (0o400, 0), (0o640, 2), (0o604, 2)])
+def test_a_file_with_keys_that_other_users_can_read_is_refused(mode: int, code: int) -> None:
+    write('[profiles.a]\nserver = "x"\napi_key = "secret"\n', mode)
+    result = call("profiles")
+    assert result.exit_code == code
+    assert ("chmod 600" in result.stderr) == (code == 2)
+    assert "secret" not in result.output
+    write('[profiles.a]\nserver = "x"\n', mode)
+    assert call("profiles").exit_code == 0
+
+
+def test_profiles_are_listed_without_their_keys() -> None:
+    assert call("profiles").stdout == f"no profiles in {Path('config.toml').absolute()}\n"
+    write(
+        'default = "b"\n[profiles.a]\nserver = "x"\n'
+        '[profiles.b]\nserver = "y:1"\napi_key = "secret"\ntls = true\n'
+    )
+    assert call("profiles").stdout == "a  x  (without a key)\nb  y:1  (default, TLS)\n"
+    found = json.loads(call("profiles", "--json").stdout)["profiles"]
+    assert [each["name"] for each in found if each["is_default"]] == ["b"]
+    assert found[1] == {
+        "name": "b",
+        "server": "y:1",
+        "has_api_key": True,
+        "tls": True,
+        "is_default": True,
+    }
+
+
+def test_the_file_on_the_page_is_a_file_of_profiles() -> None:
+    [block] = blocks(ROOT / "docs/client.md", "toml")
+    write(block.text)
+    names = [each["name"] for each in json.loads(call("profiles", "--json").stdout)["profiles"]]
+    assert names == ["staging", "lab"]
+
+
+def complete(*words: str) -> list[str]:
+    """Returns what bash offers for the word at the end, as `type,value`."""
+    done = subprocess.run(
+        [sys.executable, "-c", START],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "_IMG2IMG_COMPLETE": "bash_complete",
+            "COMP_WORDS": " ".join(["img2img", *words]),
+            "COMP_CWORD": str(len(words)),
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.split()
+
+
+def test_a_shell_completes_commands_options_states_files_and_profiles() -> None:
+    write('[profiles.staging]\nserver = "x"\n[profiles.lab]\nserver = "y"\n')
+    assert complete("est") == ["plain,estimate"]
+    assert complete("generate", "--init-i") == ["plain,--init-image"]
+    assert complete("list", "--state", "que") == ["plain,queued"]
+    assert complete("generate", "--init-image", "ph") == ["file,"]
+    assert complete("list", "--profile", "st") == ["plain,staging"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_documented_line_of_a_shell_prints_a_script(shell: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", START],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "_IMG2IMG_COMPLETE": f"{shell}_source",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"_IMG2IMG_COMPLETE={shell}_complete" in done.stdout
