@@ -237,6 +237,7 @@ workerDefaults:
   gpu: {}
   initContainers: []
   model:
+    catalogue: []
     hubTokenSecret: ''
     name: ''
     revision: ''

@@ -95,6 +95,9 @@ chart creates, so that pods restart; it does not depend on the version of the ch
 {{- $secrets := list .root.Values.s3.accessKey .root.Values.s3.secretKey .root.Values.quickstart.seed -}}
 {{- $secrets = concat $secrets (list .root.Values.quickstart.nats.password .root.Values.quickstart.s3.accessKey .root.Values.quickstart.s3.secretKey) -}}
 {{- $ours := dict "checksum/settings" (list (include "img2img.settings" .root) $secrets | toJson | sha256sum) -}}
+{{- with (default dict .on.model).file -}}
+{{- $_ := set $ours "checksum/catalogue" (sha256sum .) -}}
+{{- end }}
 {{ merge $ours (default dict .on.podAnnotations) .root.Values.podAnnotations | toYaml }}
 {{- end -}}
 

@@ -75,8 +75,19 @@
 {{- $pool := include "img2img.pool" (list $ $name) | fromYaml -}}
 {{- $auto := $pool.autoscaling -}}
 {{- $cache := $pool.modelCache.type -}}
-{{- if and $pool.fetch (has $cache (list "none" "image")) -}}
-{{- $mistakes = append $mistakes (printf "workers.%s: %s must be fetched, so modelCache.type must be emptyDir, persistentVolumeClaim or hostPath" $name $pool.model.source) -}}
+{{- if and $pool.fetches (has $cache (list "none" "image")) -}}
+{{- $mistakes = append $mistakes (printf "workers.%s: %s must be fetched, so modelCache.type must be emptyDir, persistentVolumeClaim or hostPath" $name (first $pool.fetches).source) -}}
+{{- end -}}
+{{- if and $pool.model.catalogue $pool.model.source -}}
+{{- $mistakes = append $mistakes (printf "workers.%s: model.source and model.catalogue cannot be used together" $name) -}}
+{{- end -}}
+{{- if ne (len $pool.model.names) (len (uniq $pool.model.names)) -}}
+{{- $mistakes = append $mistakes (printf "workers.%s: two models of model.catalogue have the same name" $name) -}}
+{{- end -}}
+{{- range $pool.model.catalogue -}}
+{{- if and (hasPrefix "/" (default "" .source)) (eq $cache "none") -}}
+{{- $mistakes = append $mistakes (printf "workers.%s: %s needs a modelCache" $name .source) -}}
+{{- end -}}
 {{- end -}}
 {{- if and (hasPrefix "/" $pool.model.source) (eq $cache "none") -}}
 {{- $mistakes = append $mistakes (printf "workers.%s: %s needs a modelCache" $name $pool.model.source) -}}
