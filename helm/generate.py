@@ -39,8 +39,8 @@ OWNED = frozenset({
     "nats_user", "nats_password", "nats_token", "nats_creds_file", "nats_ca_file",
     "nats_cert_file", "nats_key_file", "nats_replicas", "s3_endpoint_url", "s3_region", "s3_bucket",
     "s3_access_key", "s3_secret_key", "s3_session_token", "api_keys_file", "storage_keys",
-    "stream_token_keys",
-    "webhook_secret", "model", "models_file", "device", "worker_name", "drain_seconds", "compile_cache_dir",
+    "stream_token_keys", "models_file",
+    "webhook_secret", "model", "device", "worker_name", "drain_seconds", "compile_cache_dir",
 })
 # fmt: on
 # Settings that only `local` uses.
