@@ -93,6 +93,7 @@ from img2img_client.spec import StreamOptions as StreamOptions
 from img2img_client.spec import StrengthMode as StrengthMode
 from img2img_client.stream import AsyncJobStream as AsyncJobStream
 from img2img_client.stream import JobStream as JobStream
+from img2img_client.uploads import Upload as Upload
 
 try:
     __version__ = _version("img2img-client")

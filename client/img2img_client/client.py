@@ -31,6 +31,7 @@ from img2img_client.stream import (
     is_task_cancelled,
 )
 from img2img_client.unary import Asyncio, Blocking, Rpc, Unary
+from img2img_client.uploads import Upload
 from img2img_client.usage import Loop, Process, check_fork
 
 if TYPE_CHECKING:
@@ -49,6 +50,10 @@ _clients: WeakSet[Client] = WeakSet()
 
 def _job(response: Any) -> Job:
     return read(Job, response.job)
+
+
+def _upload(response: Any) -> Upload:
+    return read(Upload, response.upload)
 
 
 class _Client(Generic[ChannelT, InterceptorT]):
@@ -162,6 +167,25 @@ class _Client(Generic[ChannelT, InterceptorT]):
         """Returns the tenant and the permissions of the API key."""
         request = service_pb2.GetCallerRequest()
         return Rpc(self._stub.GetCaller, request, partial(read, Caller))
+
+    @Unary
+    def upload(self, image: ImageSource) -> Rpc[Upload]:
+        """Stores an init image, so that several jobs can have it without sending it again. The
+        same content is stored once.
+
+        Args:
+            image: A path, bytes, a file object or a Pillow image; no URL.
+
+        Raises:
+            RpcError: With reason UPLOADS_FULL or UPLOADS_DISABLED.
+        """
+        return Rpc(self._stub.CreateUpload, requests.create_upload(image), _upload)
+
+    @Unary
+    def delete_upload(self, upload: Upload) -> Rpc[None]:
+        """Deletes an upload. Jobs that were created with it keep their init image."""
+        request = service_pb2.DeleteUploadRequest(name=upload.name)
+        return Rpc(self._stub.DeleteUpload, request, lambda _: None)
 
     def _follow(self, first: FirstRequest, timeout_seconds: float | None) -> Follow:
         return Follow(first, self._retry, requests.deadline(timeout_seconds))

@@ -23,6 +23,7 @@ from img2img_client.errors import (
 from img2img_client.init_image import read_bytes
 from img2img_client.resources import Job
 from img2img_client.spec import CreateOptions, ImageSource, Options, StreamOptions
+from img2img_client.uploads import Upload
 
 MAX_MESSAGE_BYTES = 34 * 2**20  # bytes; the service's limit, see Limits.max_message_bytes
 JOB_NAME = re.compile(r"(?:jobs/)?(\d{1,19})", re.ASCII)
@@ -87,7 +88,9 @@ def _job_spec(
         if violations:
             raise InvalidArgumentError(*violations)
         return spec
-    if isinstance(init_image, str) and is_address(init_image):
+    if isinstance(init_image, Upload):
+        spec.init_image.upload = init_image.name
+    elif isinstance(init_image, str) and is_address(init_image):
         if _set_fields(spec.init_image, {"url": init_image}):
             text = "init_image is a URL with characters that are not valid Unicode"
             violations.append(Violation("init_image", text, "INVALID_URL"))
@@ -101,6 +104,18 @@ def _job_spec(
     if violations:
         raise InvalidArgumentError(*violations)
     return spec
+
+
+def create_upload(image: ImageSource) -> service_pb2.CreateUploadRequest:
+    """Returns the request that stores an init image; reads its file.
+
+    Raises the errors of new_job.
+    """
+    if isinstance(image, Upload) or (isinstance(image, str) and is_address(image)):
+        kind = "an Upload" if isinstance(image, Upload) else "a URL"
+        text = f"{kind} cannot be uploaded: give it to the job itself"
+        raise invalid("init_image", "NOT_SUPPORTED", text)
+    return service_pb2.CreateUploadRequest(image=read_bytes(image))
 
 
 def list_jobs(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol, Self, TypedDict, runtime_checkable
 
+from img2img_client.uploads import Upload
+
 
 @runtime_checkable
 class ImageFile(Protocol):
@@ -40,8 +42,9 @@ class PillowImage(Protocol):
 
 
 # A file or its bytes, a file object, a Pillow image, an http(s) URL that the service fetches, or a
-# data URI. A str is a URL or a data URI when is_address says so, otherwise a path.
-ImageSource = str | os.PathLike[str] | bytes | ImageFile | PillowImage
+# data URI. A str is a URL or a data URI when is_address says so, otherwise a path. Or an Upload,
+# which the service has already.
+ImageSource = str | os.PathLike[str] | bytes | ImageFile | PillowImage | Upload
 
 
 # A name, names, names with scales, or scales by name.

@@ -6,15 +6,17 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import grpc
 import pytest
 import pytest_asyncio
 
 from img2img.v1 import job_pb2, service_pb2, service_pb2_grpc
+from img2img_client import AsyncClient, Client, InvalidArgumentError, NotFoundError, Upload
 from img2img_server import clock
 from img2img_server.api.keys import KeyRing, new_key
 from img2img_server.api.uploads import PUT_SECONDS
@@ -429,3 +431,35 @@ async def test_a_bucket_that_cannot_be_used_leaves_no_upload(tmp_path: Path) -> 
         assert list(await bus.uploads.all("a")) == []
         await blobs.prepare()
         await caller.store()
+
+
+async def test_the_clients_use_an_upload_for_several_jobs(tmp_path: Path) -> None:
+    path = tmp_path / "cat.jpg"
+    path.write_bytes(IMAGE)
+    options = {"width": 256, "height": 256, "seed": 1}
+    async with running_stack(api_config=settings(upload_bytes=BYTES)) as stack:
+        async with AsyncClient(stack.api.address, api_key="dev-key") as client:
+            upload = await client.upload(path)
+            assert (upload.sha256, upload.size_bytes) == (
+                *(hashlib.sha256(IMAGE).hexdigest(), len(IMAGE)),
+            )
+            assert await client.upload(IMAGE) == replace(upload, expire_time=ANY)
+            direct = await client.generate("a", path, **options)
+            for _ in range(2):
+                result = await client.generate("a", upload, **options)
+                assert result.images[0].data == direct.images[0].data
+        await asyncio.to_thread(blocking_calls, stack.api.address, upload)
+
+
+def blocking_calls(address: str, upload: Upload) -> None:
+    """Makes the calls of the blocking client."""
+    with Client(address, api_key="dev-key") as client:
+        kinds = [type(event).__name__ for event in client.stream("a", upload)]
+        assert kinds[-1] == "Succeeded"
+        for source in (upload, "https://example.org/a.png"):
+            with pytest.raises(InvalidArgumentError, match="cannot be uploaded"):
+                client.upload(source)
+        client.delete_upload(upload)
+        with pytest.raises(NotFoundError) as gone:
+            client.create("a", upload)
+        assert gone.value.reason == "UPLOAD_NOT_FOUND"
