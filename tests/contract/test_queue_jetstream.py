@@ -551,7 +551,7 @@ async def test_everything_has_its_bounds(nats: Nats) -> None:
         "KV_img2img-usage": (63 * 24 * hour, -1),
         "KV_img2img-uploads": (48 * hour, -1),
         "KV_img2img-workers": (20.0, -1),
-        "KV_img2img-models": (0.0, -1),
+        "KV_img2img-models": (7 * 24 * hour, -1),
         "KV_img2img-storage": (0.0, -1),
         "KV_img2img-storage-retired": (3 * hour, -1),
     }
