@@ -274,6 +274,8 @@ def _model_folders(checks: _Checks) -> None:
                 os.scandir(path).close()
             except OSError as error:
                 checks.add(name, f"folder {path} cannot be read: {error.strerror or error}")
+    if checks.settings.lora_s3_prefix:
+        checks.writable_folder("lora_dir")
     checks.writable_folder("compile_cache_dir")
     source = checks.settings.tiny_vae
     # A hub id, owner/name, is left to the libraries.

@@ -57,6 +57,18 @@ def listen_host(text: str) -> str:
     return text
 
 
+def key_prefix(text: str) -> str:
+    """Accepts a prefix of keys in the bucket that the lifecycle rules of the service do not
+    delete.
+    """
+    folders = text.removesuffix("/").split("/")
+    if text and not all(folders):
+        raise ValueError("must be names of folders, such as models/loras")
+    if folders[0] in ("generations", "temp"):
+        raise ValueError(f"must not begin with {folders[0]}, whose files the bucket deletes")
+    return text
+
+
 def base_url(text: str) -> str:
     """Accepts a URL to which paths are appended, and an empty text."""
     if text and parse_url(text) and ("?" in text or "#" in text):
@@ -186,6 +198,7 @@ ApiAddress = Annotated[str, _NO_SPACES, AfterValidator(api_address)]
 PublicGrpcAddress = Annotated[str, AfterValidator(public_grpc_address)]
 BaseUrl = Annotated[str, _NO_SPACES, AfterValidator(base_url)]
 S3Endpoint = Annotated[str, _NO_SPACES, AfterValidator(s3_endpoint)]
+KeyPrefix = Annotated[str, AfterValidator(key_prefix)]
 BucketName = Annotated[str, _NO_SPACES, AfterValidator(bucket_name)]
 OtlpEndpoint = Annotated[str, _NO_SPACES, AfterValidator(otlp_endpoint)]
 Origins = Annotated[str, AfterValidator(origins)]

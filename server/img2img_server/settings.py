@@ -37,6 +37,7 @@ from img2img_server.setting_syntax import (
     Bytes,
     Count,
     Device,
+    KeyPrefix,
     ListenHost,
     Networks,
     OptionalPath,
@@ -65,7 +66,11 @@ _TOGETHER = (
     ("nats_user", "nats_password"),
     ("s3_access_key", "s3_secret_key"),
 )
-_NEEDS = {"tls_client_ca_file": "tls_cert_file", "api_cert_file": "api_ca_file"}
+_NEEDS = {
+    "tls_client_ca_file": "tls_cert_file",
+    "api_cert_file": "api_ca_file",
+    "lora_s3_prefix": "lora_dir",
+}
 _CONFLICTS = (
     (
         "lora_dir",
@@ -288,6 +293,10 @@ class Settings(BaseSettings):
     """Folder of LoRA files (.safetensors); requests name a LoRA by its file name. New files are
     offered without a restart. Cannot be combined with fuse_qkv, quantization, gguf_file or
     group_offload."""
+    lora_s3_prefix: KeyPrefix = ""
+    """Prefix of LoRA files in the bucket s3_bucket, such as loras/. The worker copies the files
+    directly below it into lora_dir, every 30 seconds, and deletes copies of files that the bucket
+    has no more; it needs s3:ListBucket. Empty: none."""
     embeddings_dir: OptionalPath = None
     """Folder of textual inversion embeddings (.safetensors) for models of Stable Diffusion 1.x, 2.x
     and XL and LCM; prompts name the token of a file. New files are offered without a restart."""

@@ -21,6 +21,15 @@ class BlobInfo:
     media_type: str
 
 
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file of a bucket. `tag`: the store's ETag, which changes with the content."""
+
+    key: str
+    tag: str
+    size_bytes: int
+
+
 class BlobStore(Protocol):
     """Files by key, such as "generations/{uuid}-0.png", in the service's own bucket."""
 

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import copy_context
 from datetime import timedelta
 from io import BytesIO
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import urllib3
@@ -23,7 +24,7 @@ from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
 from img2img_server.clock import SkewReport
 from img2img_server.errors import StorageError
 from img2img_server.settings import Settings, SettingsError
-from img2img_server.storage.interface import CACHE_CONTROL, BlobInfo
+from img2img_server.storage.interface import CACHE_CONTROL, BlobInfo, StoredFile
 from img2img_server.storage.s3_access import S3Access
 from img2img_server.storage.s3_faults import (
     DENIED,
@@ -39,6 +40,7 @@ from img2img_server.storage.s3_faults import (
 from img2img_server.telemetry import STORE_CALLS
 
 CHUNK_BYTES: Final = 64 * 1024
+COPY_BYTES: Final = 2**20
 PART_BYTES: Final = 64 * 2**20  # bytes; files are far smaller, so each upload takes one request
 THREADS: Final = 8
 # The SDK repeats a request at once and after a second if the connection fails or the store reports
@@ -337,6 +339,27 @@ class S3BlobStore:
         finally:
             response.close()
             response.release_conn()
+
+    async def files(self, prefix: str) -> list[StoredFile]:
+        """Returns the files directly below a prefix that ends with a slash. Raises StorageError."""
+        return await self._call(lambda: self._files(prefix))
+
+    def _files(self, prefix: str) -> list[StoredFile]:
+        found = self._client.list_objects(self._bucket, prefix=prefix)
+        return [
+            StoredFile(each.object_name, each.etag or "", each.size or 0)
+            for each in found
+            if each.object_name and not each.is_dir
+        ]
+
+    async def save(self, key: str, file: Path) -> None:
+        """Copies a file of the bucket to a file of this machine. Raises StorageError, OSError."""
+        await self._call(lambda: self._save(key, file))
+
+    def _save(self, key: str, file: Path) -> None:
+        with self._open(key) as response, file.open("wb") as target:
+            for chunk in response.stream(COPY_BYTES):
+                target.write(chunk)
 
     async def delete(self, key: str) -> None:
         under_way = [future for future, its in list(self._putting.items()) if its == key]

@@ -44,6 +44,7 @@ from img2img_server.telemetry import (
 from img2img_server.worker.deps import Throughput, WorkerDeps
 from img2img_server.worker.dispatch import Dispatcher
 from img2img_server.worker.downloads import forget_downloads
+from img2img_server.worker.lora_prefix import LoraPrefix
 from img2img_server.worker.model_loader import EngineLoader, LoadedModel, ModelLoader
 from img2img_server.worker.model_set import ModelSet
 from img2img_server.worker.model_slot import ModelSlot
@@ -91,8 +92,20 @@ async def serve_worker(
                 started(name)
 
         roles = _Roles(settings, name, bus, blobs, store, decoder, stop, announced)
-        await (roles.serve_catalogue() if settings.models_file else roles.serve_model())
+        async with _followed_loras(settings, blobs):
+            await (roles.serve_catalogue() if settings.models_file else roles.serve_model())
     log.info("worker_stopped")
+
+
+@asynccontextmanager
+async def _followed_loras(settings: Settings, blobs: S3BlobStore) -> AsyncIterator[None]:
+    """Copies LoRA files of the bucket in the background, if there is a prefix."""
+    if not settings.lora_s3_prefix or settings.lora_dir is None:
+        yield
+        return
+    prefix = LoraPrefix(blobs, settings.lora_s3_prefix, settings.lora_dir)
+    async with background_task(prefix.follow()):
+        yield
 
 
 @dataclass(frozen=True, slots=True)
