@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
@@ -43,6 +44,7 @@ T = TypeVar("T")
 ChannelT = TypeVar("ChannelT")
 InterceptorT = TypeVar("InterceptorT")
 
+CLOSE_SECONDS = 2.0  # seconds; longest wait until a channel is closed
 CANCEL_SECONDS = 5.0  # seconds; longest time to cancel the job when a stream is closed
 
 _clients: WeakSet[Client] = WeakSet()
@@ -286,9 +288,22 @@ class Client(_Client[grpc.Channel, "Interceptor"], Blocking):
             return
         for calls in list(self._streams):
             calls.leave()
-        if self._given_channel is None:
+        if self._given_channel is None and not self._is_channel_closed:
             self._is_channel_closed = True
+            self._close_channel()
+
+    def _close_channel(self) -> None:
+        """Closes the channel, or gives up after CLOSE_SECONDS.
+
+        If Ctrl-C interrupts gRPC while it starts a call, closing the channel never returns.
+        """
+        closing = threading.Thread(target=self._channel.close, name="img2img-close", daemon=True)
+        try:
+            closing.start()
+        except RuntimeError:  # The interpreter ends and starts no thread any more.
             self._channel.close()
+        else:
+            closing.join(CLOSE_SECONDS)
 
     def generate(
         self, prompt: str, init_image: ImageSource, **options: Unpack[StreamOptions]

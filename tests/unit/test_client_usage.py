@@ -11,12 +11,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterable, Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 
 import img2img_client as api
+import img2img_client.client as client_module
 from img2img_client import AsyncClient, Client, ClientUsageError, Retry
 from tests.client_runs import BOTH, RETRY, Run
 from tests.fake_service import FakeService, serving
@@ -136,6 +138,20 @@ async def test_the_second_task_of_a_stream_raises_client_usage() -> None:
                     await use()
         with pytest.raises(api.ClientClosedError):
             await reading
+
+
+def test_closing_a_client_returns_if_grpc_never_closes_its_channel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The cause is Ctrl-C while gRPC starts a call."""
+    client, end = Client("127.0.0.1:1", api_key="k"), threading.Event()
+    monkeypatch.setattr(client_module, "CLOSE_SECONDS", 0.05)
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "_channel", SimpleNamespace(close=end.wait))
+        client.close()
+        client.close()
+    end.set()
+    client._channel.close()
 
 
 # A forked process uses what its parent opened; each line of stdout is an outcome.
