@@ -199,10 +199,10 @@ def test_a_file_that_arrives_or_goes_while_the_engine_runs_takes_effect(
     changed = threading.Condition()
     offer = engine_module.DiffusionEngine._offer
 
-    def noted(engine: engine_module.DiffusionEngine, kind: str, names: tuple[str, ...]) -> None:
+    def noted(engine: engine_module.DiffusionEngine, kind: str, found: Any) -> None:
         with changed:
-            offer(engine, kind, names)
-            changes.append(names)
+            offer(engine, kind, found)
+            changes.append(found.names)
             changed.notify_all()
 
     def wait_for(names: tuple[str, ...]) -> None:
