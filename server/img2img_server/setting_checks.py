@@ -268,7 +268,7 @@ def _model(checks: _Checks) -> None:
 
 
 def _model_folders(checks: _Checks) -> None:
-    for name in ("lora_dir", "embeddings_dir"):
+    for name in ("lora_dir", "embeddings_dir", "vae_dir"):
         if path := checks.path(name):
             try:
                 os.scandir(path).close()

@@ -280,6 +280,9 @@ class Settings(BaseSettings):
     """Images of more pixels are encoded and decoded in overlapping tiles, which needs less memory
     and changes pixels slightly.
     """
+    vae_dir: OptionalPath = None
+    """Folder of an autoencoder, in diffusers' layout, that is used instead of the model's own: its
+    config.json and weights, or a model that has them in a folder `vae`."""
     tiny_vae: str = ""
     """Directory or hub id of a tiny autoencoder (TAESD). Empty: none."""
     tiny_vae_use: Literal["previews", "images"] = "previews"

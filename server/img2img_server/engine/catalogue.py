@@ -3,7 +3,7 @@
     [[models]]                            # the first one is loaded when the worker starts
     name = "photo"                        # default: the folder's or file's name, or the hub id
     source = "/models/photo.safetensors"  # as IMG2IMG_MODEL; default: the model inside the package
-    lora_dir = "/models/photo-loras"      # as IMG2IMG_LORA_DIR; embeddings_dir likewise
+    lora_dir = "/models/photo-loras"      # as IMG2IMG_LORA_DIR; also embeddings_dir, vae_dir
 
     [models.defaults]                     # default of each: the setting IMG2IMG_DEFAULT_…
     scheduler = "dpmpp_2m"
@@ -52,7 +52,7 @@ from img2img_server.settings import Settings, SettingsError, variable
 
 _SETTING: Final = "models_file"
 # Paths of an entry, which are relative to the folder of the catalogue.
-_PATHS: Final = ("lora_dir", "embeddings_dir", "gguf_file")
+_PATHS: Final = ("lora_dir", "vae_dir", "embeddings_dir", "gguf_file")
 
 Name = Annotated[
     str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]*$")
@@ -79,6 +79,7 @@ class _Entry(_Part):
     defaults: _Defaults = _Defaults()
     lora_dir: OptionalPath = None
     embeddings_dir: OptionalPath = None
+    vae_dir: OptionalPath = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = None
     max_batch_size: int | None = Field(default=None, ge=1, le=256)
     warm_up_sizes: Sizes | None = None

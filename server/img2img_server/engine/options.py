@@ -53,6 +53,7 @@ class ModelOptions:
     fuse_qkv: bool = False
     compile: Compile = Compile.OFF
     vae_tile_pixels: int = 1024 * 1024
+    vae_dir: Path | None = None
     tiny_vae: str = ""
     tiny_vae_use: TinyVaeUse = TinyVaeUse.PREVIEWS
     lora_dir: Path | None = None

@@ -19,7 +19,7 @@ from img2img_server.domain.models import ModelKind
 from img2img_server.engine.diffusers.families.base import UNUSED_PARTS, Family
 from img2img_server.engine.diffusers.file_pages import leave_files, use_channels_last
 from img2img_server.engine.diffusers.local_model import LocalModel
-from img2img_server.engine.diffusers.parts import load_parts
+from img2img_server.engine.diffusers.parts import load_part, load_parts
 from img2img_server.engine.diffusers.placement import log_parts, modules, place
 from img2img_server.engine.diffusers.single_file import load_single_file
 from img2img_server.engine.family import ModelError, ModelFiles
@@ -89,6 +89,8 @@ def _assemble(family: Family, model: LocalModel, dtype: torch.dtype, options: Mo
     if options.gguf_file is not None:
         gguf = _read_gguf(family, files, str(model.path), dtype, options.gguf_file)
         given[family.denoiser] = gguf
+    if options.vae_dir is not None:
+        given["vae"] = _own_vae(options.vae_dir, files, dtype, options.allow_pickles)
     # diffusers imports its classes on first access.
     pipeline_class = getattr(diffusers, family.pipelines[files.class_name])
     quantization = _quantization(options.quantization)
@@ -124,6 +126,20 @@ def _assemble(family: Family, model: LocalModel, dtype: torch.dtype, options: Mo
     except Exception as error:  # the library raises errors of many classes
         why = " ".join(str(error).split())
         raise ModelError(f"cannot load {model.path}: {why}") from error
+
+
+def _own_vae(folder: Path, files: ModelFiles, dtype: torch.dtype, allow_pickles: bool) -> Any:
+    """Returns the autoencoder of a folder, of the class that the model has."""
+    entry = files.parts.get("vae", ("diffusers", "AutoencoderKL"))
+    name = "vae"
+    if (folder / "config.json").is_file():
+        folder, name = folder.parent, folder.name
+    elif not (folder / name).is_dir():
+        raise ModelError(f"{folder} has no config.json and no folder vae", setting="vae_dir")
+    try:
+        return load_part(name, entry, folder, dtype, None, allow_pickles)
+    except ModelError as error:
+        raise ModelError(str(error), setting="vae_dir") from error
 
 
 def _quantization(wanted: Quantization) -> Any:
