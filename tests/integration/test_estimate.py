@@ -10,7 +10,7 @@ import pytest
 from img2img_server import clock
 from img2img_server.api.estimate import Estimator
 from img2img_server.domain.job import Job, State
-from img2img_server.domain.models import WorkerInfo
+from img2img_server.domain.models import ModelState, WorkerInfo
 from img2img_server.domain.params import JobParams, Lane
 from img2img_server.interfaces.queue import QueuedJob, size_of
 from img2img_server.nats.bus import Bus
@@ -37,6 +37,26 @@ async def announce(bus: Bus, workers: int = 1, batch: float = 1.0) -> None:
                 job_forward_seconds=SECONDS,
             )
         )
+
+
+async def test_a_model_that_no_worker_has_loaded_is_loaded_first(
+    bus: Bus, estimator: Estimator
+) -> None:
+    cold = WorkerInfo(
+        name="cold",
+        model=FAKE_MODEL,
+        device="cpu",
+        job_seconds=1.0,
+        forward_seconds=SECONDS,
+        job_forward_seconds=SECONDS,
+        model_state=ModelState.COLD,
+        load_seconds=20.0,
+    )
+    await bus.workers.announce(cold)
+    await bus.workers.announce(replace(cold, name="slow", load_seconds=50.0))
+    assert await estimate(estimator) == (0, 20 + OWN)
+    await announce(bus)  # A worker that has loaded it takes the job at once.
+    assert await estimate(estimator) == (0, OWN)
 
 
 async def put(bus: Bus, params: JobParams, tenant: str = "a") -> int:
