@@ -81,7 +81,8 @@ class Uploads:
         if sha256.lower() not in ("", found):
             raise _other_file("sha256", found, sha256[:_SHOWN_CHARACTERS])
         media_type = await self._media_type(tenant, image)
-        new = self._new(found, len(image), self._seconds)
+        # Until the file is stored: a record without a file counts no longer than that.
+        new = self._new(found, len(image), PUT_SECONDS)
         upload = await self._records.add(tenant, new, self._most_bytes)
         try:
             return await self._stored(tenant, upload, image, media_type)
