@@ -98,6 +98,25 @@ def body_of(form: Plain, error: RequestError) -> Any:
             "jobs/1 has already failed",
             30,
         ),
+        (errors.ApiKeyExpiredError(), ErrorKind.BAD_KEY, "The API key has expired", 30),
+        (
+            errors.UploadNotFoundError("u"),
+            ErrorKind.UNKNOWN_UPLOAD,
+            str(errors.UploadNotFoundError("u")),
+            30,
+        ),
+        (
+            errors.UploadExpiredError("u"),
+            ErrorKind.UPLOAD_EXPIRED,
+            str(errors.UploadExpiredError("u")),
+            30,
+        ),
+        (
+            errors.UploadIncompleteError("u"),
+            ErrorKind.UPLOAD_INCOMPLETE,
+            str(errors.UploadIncompleteError("u")),
+            30,
+        ),
         (errors.NoWebhookError("jobs/1"), ErrorKind.FAULT, ErrorKind.FAULT.message, 30),
     ],
     ids=lambda value: type(value).__name__,
@@ -131,6 +150,17 @@ def test_every_error_of_the_tree_is_in_the_table_above() -> None:
         "TooManyWebhooksError",
         # only Generate raises this error, and the gateway does not call Generate
         "DeadlineTooShortError",
+        # only LoadModel and UnloadModel raise this error, and the gateway calls neither
+        "NoCatalogueError",
+        # tests/contract/test_v1_uploads.py and test_stream_tokens.py have the next four
+        "UploadsDisabledError",
+        "UploadsFullError",
+        "StreamTokenExpiredError",
+        "StreamTokenKeysMissingError",
+        "ApiKeyExpiredError",
+        "UploadNotFoundError",
+        "UploadExpiredError",
+        "UploadIncompleteError",
         "UnauthenticatedError",
         "PermissionDeniedError",
         "JobNotFoundError",

@@ -73,6 +73,7 @@ _OF_STATUS = {
 # The api's message is more specific than that of the kind.
 _EXPLAINED = (ErrorKind.FORBIDDEN, ErrorKind.JOB_ENDED, ErrorKind.RATE_LIMIT)
 _EXPLAINED_REASONS = (
+    "API_KEY_EXPIRED",
     "NO_MODEL",
     "STORAGE_KEYS_MISSING",
     "STREAM_TOKEN_KEYS_MISSING",
