@@ -19,7 +19,7 @@ from img2img_client import AsyncClient, UnauthenticatedError
 from img2img_server import __version__
 from img2img_server.api.keys import KeyRing, new_key
 from img2img_server.api.server import Webhooks
-from img2img_server.domain.models import WorkerInfo
+from img2img_server.domain.models import ModelState, WorkerInfo
 from img2img_server.interfaces.records import ConflictError
 from img2img_server.lifecycle import RestartError
 from img2img_server.nats.bus import Bus
@@ -295,6 +295,31 @@ async def test_system_details_tell_models_queue_and_use() -> None:
     assert found.queue_duration.ToTimedelta().total_seconds() == 4.5  # 3 jobs of 3 s on 2 workers
     assert found.gpu_usage == pytest.approx(0.45)
     assert 0.0 < found.uptime.ToTimedelta().total_seconds() < WAIT_SECONDS
+
+
+async def test_the_models_of_a_worker_share_its_gpu() -> None:
+    bus = memory_bus()
+    for number, (name, state, busy) in enumerate(
+        (
+            ("w1/a", ModelState.LOADED, 0.5),
+            ("w1/b", ModelState.LOADED, 0.3),
+            ("w1/c", ModelState.COLD, 0.0),
+            ("w2/a", ModelState.LOADED, 0.2),
+        )
+    ):
+        await bus.workers.announce(
+            WorkerInfo(
+                name=name,
+                model=replace(FAKE_MODEL, name=name[-1]),
+                device="H100" if number != 2 else "",
+                busy=busy,
+                model_state=state,
+                has_catalogue=True,
+            )
+        )
+    async with running_api(bus) as api:
+        found = await call(api, "GetSystemDetails")
+    assert (found.model_count, found.gpu_usage) == (3, pytest.approx(0.5))
 
 
 async def test_system_details_without_any_worker_are_zero() -> None:

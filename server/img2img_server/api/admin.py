@@ -63,7 +63,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
             principal.require("operate")
         workers = await self._workers.workers()
         queued, seconds = await self._estimator.backlog(tenant)
-        gpus = [worker.busy for worker in workers if worker.device != _CPU]
+        gpus = _gpu_usage(workers)
         return admin_service_pb2.GetSystemDetailsResponse(
             server_version=__version__,
             uptime=duration(time.monotonic() - self._started_at),
@@ -205,6 +205,16 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         await self._control.broadcast(command)
         self._workers.forget()
         log.info("worker_command_sent", command=command, tenant=principal.tenant)
+
+
+def _gpu_usage(workers: Sequence[WorkerInfo]) -> list[float]:
+    """Returns the share of the time in which each GPU works; the models of a worker share one."""
+    usage: dict[str, float] = {}
+    for worker in workers:
+        if worker.is_loaded and worker.device != _CPU:
+            (process,) = _processes([worker])
+            usage[process] = min(1.0, usage.get(process, 0.0) + worker.busy)
+    return list(usage.values())
 
 
 def _processes(workers: Sequence[WorkerInfo]) -> list[str]:
