@@ -16,6 +16,7 @@ from img2img_server.storage.interface import StoredFile
 from img2img_server.storage.s3_blobs import S3BlobStore, connect_blobs
 from img2img_server.worker import lora_prefix
 from img2img_server.worker.lora_prefix import LoraPrefix
+from img2img_server.worker.server import followed_loras
 
 
 def names(folder: Path) -> set[str]:
@@ -55,6 +56,26 @@ async def test_files_below_the_prefix_are_copied_replaced_and_deleted(
         await found.refresh()
     assert names(tmp_path) == {"own.safetensors"}
     assert (tmp_path / "own.safetensors").read_bytes() == b"of the operator"
+
+
+async def test_a_worker_follows_the_prefix_of_its_settings(
+    engine_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refreshed = asyncio.Event()
+
+    async def refresh(prefix: LoraPrefix) -> None:
+        await whole_refresh(prefix)
+        refreshed.set()
+
+    whole_refresh = LoraPrefix.refresh
+    monkeypatch.setattr(LoraPrefix, "refresh", refresh)
+    settings = engine_settings(lora_s3_prefix="other", lora_dir=tmp_path)
+    async with connect_blobs(settings) as store:
+        await store.prepare(10)
+        await put(store, "other/ink.safetensors", b"ink")
+        async with followed_loras(settings, store), asyncio.timeout(10):
+            await refreshed.wait()
+    assert names(tmp_path) == {"ink.safetensors"}
 
 
 class Failing:

@@ -92,13 +92,13 @@ async def serve_worker(
                 started(name)
 
         roles = _Roles(settings, name, bus, blobs, store, decoder, stop, announced)
-        async with _followed_loras(settings, blobs):
+        async with followed_loras(settings, blobs):
             await (roles.serve_catalogue() if settings.models_file else roles.serve_model())
     log.info("worker_stopped")
 
 
 @asynccontextmanager
-async def _followed_loras(settings: Settings, blobs: S3BlobStore) -> AsyncIterator[None]:
+async def followed_loras(settings: Settings, blobs: S3BlobStore) -> AsyncIterator[None]:
     """Copies LoRA files of the bucket in the background, if there is a prefix."""
     if not settings.lora_s3_prefix or settings.lora_dir is None:
         yield
