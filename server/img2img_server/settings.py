@@ -230,7 +230,8 @@ class Settings(BaseSettings):
     requests, and there is no room for another one."""
     model_parts_dir: OptionalPath = None
     """Folder with parts of models, for single files that do not hold all parts: FAMILY/PART, each
-    in diffusers' layout, such as sd/vae, or files such as t5xxl_fp16.safetensors."""
+    in diffusers' layout, such as sd/vae, or files such as t5xxl_fp16.safetensors. The folder of a
+    model with all parts works as well."""
     allow_pickles: bool = False
     """Load weights from pickles (.bin, .ckpt) where a model has no safetensors. They are read with
     PyTorch's `weights_only`, which runs no code of the file that is known to be dangerous."""

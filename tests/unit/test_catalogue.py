@@ -14,6 +14,7 @@ FULL = """
 [[models]]
 name = "photo"
 source = "photos/dreamy.safetensors"
+base = "../sdxl"
 lora_dir = "loras"
 dtype = "float16"
 max_batch_size = 4
@@ -52,6 +53,8 @@ def test_each_model_has_the_settings_of_a_worker_that_serves_only_it(tmp_path: P
     assert photo.model == str(tmp_path / "photos/dreamy.safetensors")
     assert (photo.model_name, photo.models_file) == ("photo", None)
     assert (photo.lora_dir, photo.dtype, photo.max_batch_size) == (tmp_path / "loras", "float16", 4)
+    assert photo.model_parts_dir == tmp_path / "../sdxl"
+    assert found[1].settings.model_parts_dir is None
     assert (photo.default_scheduler, photo.default_num_inference_steps) == ("dpmpp_2m", 25)
     assert (photo.default_guidance_scale, photo.default_strength) == (6, 0.6)
     assert (photo.native_size, photo.tiny_vae) == (768, "madebyollin/taesd")

@@ -4,6 +4,8 @@
     name = "photo"                        # default: the folder's or file's name, or the hub id
     source = "/models/photo.safetensors"  # as IMG2IMG_MODEL; default: the model inside the package
     lora_dir = "/models/photo-loras"      # as IMG2IMG_LORA_DIR; also embeddings_dir, vae_dir
+    base = "/models/sdxl"                 # has what the file does not hold: a model's folder, or
+                                          # one as IMG2IMG_MODEL_PARTS_DIR
 
     [models.defaults]                     # default of each: the setting IMG2IMG_DEFAULT_…
     scheduler = "dpmpp_2m"
@@ -52,7 +54,7 @@ from img2img_server.settings import Settings, SettingsError, variable
 
 _SETTING: Final = "models_file"
 # Paths of an entry, which are relative to the folder of the catalogue.
-_PATHS: Final = ("lora_dir", "vae_dir", "embeddings_dir", "gguf_file")
+_PATHS: Final = ("model_parts_dir", "lora_dir", "vae_dir", "embeddings_dir", "gguf_file")
 
 Name = Annotated[
     str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]*$")
@@ -76,6 +78,7 @@ class _Entry(_Part):
 
     name: Name | None = None
     source: str = ""
+    base: OptionalPath = None
     defaults: _Defaults = _Defaults()
     lora_dir: OptionalPath = None
     embeddings_dir: OptionalPath = None
@@ -186,6 +189,8 @@ def _with_entry(settings: Settings, entry: _Entry, folder: Path) -> CatalogueMod
         for name, value in entry.model_dump(exclude={"name", "source", "defaults"}).items()
         if value is not None
     }
+    if (base := changes.pop("base", None)) is not None:
+        changes["model_parts_dir"] = base
     changes |= {name: folder / changes[name] for name in _PATHS if name in changes}
     defaults = entry.defaults.model_dump(exclude_none=True)
     for name, value in defaults.items():

@@ -46,12 +46,19 @@ def inside(family: str, part: str) -> str:
     return f"text_encoders.{kind}.transformer." if kind else ""
 
 
+def folder_of(parts_dir: Path, family: str) -> Path:
+    """Returns the folder with the parts of a family: its own in the folder of all parts, or the
+    folder itself if it is that of a model."""
+    return parts_dir if (parts_dir / "model_index.json").is_file() else parts_dir / family
+
+
 def file_of(parts_dir: Path, family: str, part: str) -> Path | None:
     """Returns the single file that holds a part, such as `t5xxl_fp16.safetensors`. It is in the
     family's folder or, a text encoder, next to it; files in 8 bits come last.
     """
     kind = TEXT_ENCODERS.get(family, {}).get(part, part)
-    folders = (parts_dir / family,) if part == "vae" else (parts_dir / family, parts_dir)
+    own = folder_of(parts_dir, family)
+    folders = (own,) if part == "vae" else (own, parts_dir)
     for folder in folders:
         names = folder.iterdir() if folder.is_dir() else ()
         found = [

@@ -26,6 +26,7 @@ from img2img_server.engine.checkpoint_text import (
     TEXT_ENCODERS,
     VAE_FACTORS,
     file_of,
+    folder_of,
     inside,
     text_config,
 )
@@ -151,7 +152,9 @@ def _has(family: Family, tokenizer: str, checkpoint: Checkpoint, parts_dir: Path
     """Returns whether a tokenizer is in the folder of parts, together with its text encoder."""
     encoder = tokenizer.replace("tokenizer", "text_encoder")
     is_held = encoder in checkpoint.prefixes
-    return not is_held and parts_dir is not None and (parts_dir / family.name / tokenizer).is_dir()
+    if is_held or parts_dir is None:
+        return False
+    return (folder_of(parts_dir, family.name) / tokenizer).is_dir()
 
 
 def _is_left_out(family: Family, name: str, checkpoint: Checkpoint, parts_dir: Path | None) -> bool:
@@ -164,7 +167,8 @@ def _is_left_out(family: Family, name: str, checkpoint: Checkpoint, parts_dir: P
     if encoder in checkpoint.prefixes:
         return False
     return parts_dir is None or not (
-        (parts_dir / family.name / encoder).is_dir() or file_of(parts_dir, family.name, encoder)
+        (folder_of(parts_dir, family.name) / encoder).is_dir()
+        or file_of(parts_dir, family.name, encoder)
     )
 
 
@@ -185,7 +189,7 @@ def _from_folder(
             f"{_or_file(family, name)}"
             f"{_command(family, 'FOLDER')}"
         )
-    folder = parts_dir / family.name
+    folder = folder_of(parts_dir, family.name)
     if (folder / name).is_dir():
         return load_part(name, entry, folder, dtype, None, allow_pickles)
     if file := file_of(parts_dir, family.name, name):
