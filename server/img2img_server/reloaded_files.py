@@ -49,14 +49,15 @@ class ReloadedFiles(Generic[T]):
                 log.info(f"{self._name}_read_again", files=[str(file) for file in self._files])
         return self._value
 
-    def _state(self) -> list[tuple[int, int, int] | None]:
+    def _state(self) -> list[tuple[int, ...] | None]:
         return [_state(file) for file in self._files]
 
 
-def _state(file: Path) -> tuple[int, int, int] | None:
-    """Returns the time of the last change, the inode and the size, or None without a file."""
+def _state(file: Path) -> tuple[int, ...] | None:
+    """Returns the times of the last changes of content and mode, the inode and the size, or None
+    without a file."""
     try:
         stat = file.stat()
     except OSError:
         return None
-    return stat.st_mtime_ns, stat.st_ino, stat.st_size
+    return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_size

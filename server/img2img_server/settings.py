@@ -53,6 +53,7 @@ from img2img_server.setting_syntax import (
 )
 
 PREFIX = "IMG2IMG_"
+STREAM_PREFIX = "i2t_"  # of tokens that open the event stream of one job
 DEV_KEY = "dev-key"  # the well-known development key, see Settings.dev_key
 # Variables of the client's command `img2img`, which may run in the same shell.
 CLIENT_NAMES = frozenset({"IMG2IMG_SERVER", "IMG2IMG_API_KEY", "IMG2IMG_PROFILE", "IMG2IMG_CONFIG"})

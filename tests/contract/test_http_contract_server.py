@@ -215,6 +215,11 @@ async def test_certificates_of_both_sides_are_replaced_while_they_run(tmp_path: 
                 assert not await trouble_of_a_new_gateway()
             (line,) = [line for line in logs if "tls_files_rejected" in line["event"]]
             assert "IMG2IMG_TLS_KEY_FILE" in line["error"]
+            (tmp_path / "api-ca.pem").write_text("no certificate")
+            with capture_logs() as logs:
+                assert not await api_trouble(channel)
+            (line,) = [line for line in logs if "api_certificates_rejected" in line["event"]]
+            assert "IMG2IMG_API_CA_FILE" in line["error"]
 
 
 async def test_a_missing_file_of_certificates_is_an_error_of_the_start(tmp_path: Path) -> None:

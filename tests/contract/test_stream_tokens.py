@@ -6,26 +6,31 @@ import base64
 import re
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import pytest_asyncio
 
 from img2img.v1 import service_pb2
 from img2img_server import clock
+from img2img_server.api.interceptors import TOKEN_STREAMS
 from img2img_server.api.keys import KeyRing, Principal, new_key
 from img2img_server.api.stream_tokens import METHOD, StreamTokens
 from img2img_server.errors import StreamTokenExpiredError, StreamTokenKeysMissingError
 from img2img_server.settings import SettingsError
+from img2img_server.testing.fake_engine import FakeEngine
 from tests.contract.test_http_contract_events import KINDS, parse
 from tests.http_stack import Gateway, photo_base64, running_gateway
-from tests.stack import settings
+from tests.stack import refusal, settings, spec
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 KEY = {"Authorization": "Bearer dev-key"}
 SECRET, OTHER = "a" * 32, "b" * 32
+DEV_METADATA = [("authorization", "Bearer dev-key")]
 DEV = Principal("dev", key_id=KeyRing(None, dev_key=True).principals()[0].key_id)
 RING = KeyRing(None, dev_key=True)
 
@@ -104,6 +109,40 @@ async def test_a_token_is_accepted_nowhere_else(method: str, path: str, gateway:
     for headers, query in (({"Authorization": f"Bearer {token}"}, ""), ({}, f"?token={token}")):
         answer = await gateway.http.request(method, path + query, headers=headers, **sent)
         assert answer.status_code == 401, answer.text
+
+
+async def test_an_api_key_in_the_query_is_refused(gateway: Gateway) -> None:
+    job_id = await finished(gateway)
+    for text in ("dev-key", "x", "I2T_x"):
+        answer = await gateway.http.get(f"/v1/jobs/{job_id}/events?token={text}")
+        assert answer.status_code == 401
+
+
+async def test_streams_of_a_token_do_not_use_up_the_calls_of_keys() -> None:
+    stack = {
+        "api_config": settings(stream_token_keys=SECRET, max_tenant_calls=2),
+        "engine": FakeEngine(hold_after=1),
+    }
+    async with running_gateway(stack) as gateway, AsyncExitStack() as streams:
+        api = gateway.stack.api
+        wanted = service_pb2.CreateJobRequest(spec=spec())
+        job = (await api.stub.CreateJob(wanted, metadata=DEV_METADATA)).job
+        token = await token_of(gateway, str(job.id))
+        watch = service_pb2.WatchJobRequest(name=job.name)
+        calls = []
+        for number in range(TOKEN_STREAMS + 1):
+            call = api.stub.WatchJob(watch, metadata=[("authorization", f"Bearer {token}")])
+            streams.callback(call.cancel)
+            calls.append(call)
+            if number < TOKEN_STREAMS:
+                assert await call.read()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await calls[-1].read()
+        assert refusal(caught.value).reason == "TOO_MANY_CALLS"
+        own = api.stub.WatchJob(watch, metadata=DEV_METADATA)
+        streams.callback(own.cancel)
+        assert await own.read()
+        assert (await api.stub.CreateJob(wanted, metadata=DEV_METADATA)).job.id
 
 
 async def test_a_token_of_another_job_finds_no_job(gateway: Gateway) -> None:

@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 
 from img2img_server import clock
 from img2img_server.__main__ import main
+from img2img_server.api import keys
 from img2img_server.api.keys import PERMISSIONS, KeyRing, Principal, new_key
 from img2img_server.settings import SettingsError
 
@@ -118,6 +119,27 @@ def test_a_changed_file_is_read_again_without_a_restart(tmp_path: Path) -> None:
     os.utime(file, ns=(1, 1))
     assert ring.authenticate("old") is None
     assert ring.authenticate("newer") == held("newer", "shop")
+
+
+def test_a_file_that_becomes_readable_later_is_read_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: Path) -> str:
+        if path.stat().st_mode & 0o044 == 0:
+            raise PermissionError(13, "Permission denied", str(path))
+        return path.read_text()
+
+    monkeypatch.setattr(keys, "read_text", read)  # The tests may run as root.
+    file = tmp_path / "keys.toml"
+    file.write_text(entry("old", "shop"))
+    file.chmod(0o644)
+    ring = KeyRing(file, dev_key=False)
+    file.write_text(entry("newer", "shop"))
+    file.chmod(0o600)
+    assert ring.authenticate("old") is not None
+    file.chmod(0o644)
+    assert ring.authenticate("old") is None
+    assert ring.authenticate("newer") is not None
 
 
 TABLES = r"keys must be \[\[keys\]\] tables"

@@ -75,6 +75,7 @@ def test_a_tenant_has_secrets_of_its_own_which_change_without_a_restart(tmp_path
         f'shop = "{OTHER}"',
         "shop = []",
         "shop = [1]",
+        'shop = ["whsec_äääääääääääääääääääääääääääääääääääääääää"]',
         "no toml",
     ):
         file.write_text(broken)

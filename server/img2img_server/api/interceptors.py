@@ -38,6 +38,8 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _principal: ContextVar[Principal] = ContextVar("principal")
 
+TOKEN_STREAMS: Final = 16  # event streams of one job that its tokens may open
+
 log = structlog.get_logger()
 
 
@@ -47,7 +49,7 @@ def current_principal() -> Principal:
 
 
 class OpenCalls:
-    """Limits the open calls of each tenant at this api to `most`."""
+    """Limits the open calls of each tenant, or of each job of a token, at this api to `most`."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -92,6 +94,7 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         self._uses = uses
         self._tokens = tokens
         self._calls = OpenCalls(settings.max_tenant_calls)
+        self._token_calls = OpenCalls(TOKEN_STREAMS)
         self._unary = Budget("unary calls", UNARY_CALLS, leaves_free=True)
         request_bytes = Budget(
             "request bytes",
@@ -137,7 +140,11 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
             # received.
             task = asyncio.current_task()
             assert task is not None
-            rpc.held = self._calls.count(rpc.method, principal.tenant, task)
+            if principal.only_job is None:
+                rpc.held = self._calls.count(rpc.method, principal.tenant, task)
+            else:  # The holder of a token must not use up the tenant's calls.
+                owner = f"{principal.tenant}/{principal.only_job}"
+                rpc.held = self._token_calls.count(rpc.method, owner, task)
             if not handler.response_streaming:
                 rpc.held.enter_context(self._unary.try_take(principal.tenant, 1))
         except (errors.TooManyCallsError, errors.ServerBusyError) as refused:

@@ -18,11 +18,10 @@ from typing import Final
 from img2img_server import clock
 from img2img_server.api.keys import KeyRing, Principal
 from img2img_server.errors import StreamTokenExpiredError, StreamTokenKeysMissingError
-from img2img_server.settings import SettingsError
+from img2img_server.settings import STREAM_PREFIX, SettingsError
 
 METHOD: Final = "WatchJob"  # the only method that takes a token
 LEAST_CHARACTERS: Final = 32  # of a key
-_PREFIX: Final = "i2t_"
 _PURPOSE: Final = b"img2img stream token 1\n"
 _MAC_BYTES: Final = 32
 _FACTS: Final = re.compile(r"([a-z0-9-]{1,63})/([a-z0-9._-]{1,63})/([0-9]{1,12})/([0-9]{1,12})")
@@ -56,7 +55,7 @@ class StreamTokens:
         end = int(clock.now() + self._seconds)
         facts = f"{principal.tenant}/{principal.key_id}/{job_id}/{end}".encode()
         signed = facts + _mac(self._keys[0], facts)
-        return _PREFIX + base64.urlsafe_b64encode(signed).decode().rstrip("="), float(end)
+        return STREAM_PREFIX + base64.urlsafe_b64encode(signed).decode().rstrip("="), float(end)
 
     def authenticate(self, token: str, method: str) -> Principal | None:
         """Returns the principal of a valid token, which may watch one job only.
@@ -66,9 +65,9 @@ class StreamTokens:
         Raises:
             StreamTokenExpiredError: The token was valid once.
         """
-        if method != METHOD or not token.startswith(_PREFIX) or not token.isascii():
+        if method != METHOD or not token.startswith(STREAM_PREFIX) or not token.isascii():
             return None
-        text = token.removeprefix(_PREFIX)
+        text = token.removeprefix(STREAM_PREFIX)
         try:
             signed = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
         except (binascii.Error, ValueError):

@@ -8,7 +8,6 @@ webhook-signature: v1,<base64> ...     HMAC-SHA256 over "{id}.{timestamp}.{body}
 from __future__ import annotations
 
 import base64
-import binascii
 import tomllib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -89,7 +88,7 @@ def _keys(secrets: Sequence[str], where: str) -> Sequence[Webhook]:
 def _checked(secret: str, where: str) -> str:
     try:
         key = base64.b64decode(secret.removeprefix(_PREFIX) + "==")
-    except binascii.Error:
+    except ValueError:  # It is binascii.Error, or says that a character is not ASCII.
         key = b""
     if not secret.startswith(_PREFIX) or not _LEAST_BYTES <= len(key) <= _MOST_BYTES:
         raise SettingsError(

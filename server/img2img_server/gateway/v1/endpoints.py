@@ -41,7 +41,7 @@ from img2img_server.gateway.upstream import ENDED, Creation, Upstream
 from img2img_server.gateway.v1 import job_lists, job_requests, protojson
 from img2img_server.gateway.v1.errors import ErrorFormat, V1Error
 from img2img_server.gateway.v1.schemas import JOB_BODY, JOB_QUERY
-from img2img_server.settings import Settings
+from img2img_server.settings import STREAM_PREFIX, Settings
 
 _MAX_SEQUENCE = 2**53 - 1  # the largest integer that every JSON parser reads exactly
 _EVENT = {
@@ -202,6 +202,8 @@ class Endpoints:
         in a header, or a token of the job in the query. Status 204 keeps an EventSource from
         reconnecting after the last event."""
         token = "" if header_key(request.headers) else request.query_params.get("token", "")
+        if token and not token.startswith(STREAM_PREFIX):  # A key in a query would get into logs.
+            raise RequestError(ErrorKind.BAD_KEY)
         key = find_key(request, {"key": token})
         text = last_event_id or after_sequence or "0"
         after = int(text) if text.isascii() and text.isdigit() and len(text) <= 16 else -1
