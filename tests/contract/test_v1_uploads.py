@@ -128,6 +128,8 @@ async def test_a_file_can_be_sent_to_the_bucket(gateway: Gateway) -> None:
         ({"json": {"image": "GIF89a"}}, {"image": "INVALID_IMAGE"}),
         ({"json": {"file": TEXT}}, {"file": "UNKNOWN_FIELD"}),
         ({"json": {"size_bytes": "x", "sha256": HASH}}, {"size_bytes": "INVALID_TYPE"}),
+        ({"json": {"size_bytes": 2**63, "sha256": HASH}}, {"size_bytes": "OUT_OF_RANGE"}),
+        ({"files": {"size_bytes": (None, "9" * 30)}}, {"size_bytes": "OUT_OF_RANGE"}),
         ({"files": {"file": ("cat.jpg", IMAGE)}}, {"file": "UNKNOWN_FIELD"}),
         ({"files": {"image": ("cat.jpg", b"")}}, {"image": "REQUIRED"}),
         ({"files": {"image": ("a", IMAGE), "sha256": (None, "0")}}, {"sha256": "INVALID_FORMAT"}),

@@ -12,8 +12,15 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from starlette.responses import Response
 
+from img2img.v1 import job_pb2
 from img2img_server.domain.params import JobParams, Limits, Lora, ValidationContext, validate
-from img2img_server.domain.violations import Reason, Violation, invalid_type, not_supported
+from img2img_server.domain.violations import (
+    Reason,
+    Violation,
+    invalid_type,
+    not_supported,
+    out_of_range,
+)
 
 _EXPECTED = {
     FieldDescriptor.CPPTYPE_INT32: "an integer",
@@ -126,6 +133,9 @@ def _unreadable(field: FieldDescriptor, value: Any) -> Violation:
         return invalid_type("loras", _LORAS)
     if field.cpp_type in _INTEGERS and _INTEGER.fullmatch(str(value)):
         # The number exceeds 32 or 64 bits.
+        if field.containing_type != job_pb2.JobSpec.DESCRIPTOR:
+            bits = 32 if field.cpp_type == field.CPPTYPE_INT32 else 64
+            return out_of_range(field.name, 1, 2 ** (bits - 1) - 1)  # It is a size.
         params = JobParams(prompt="p", **{field.name: int(value)})  # type: ignore[arg-type]
         return validate(params, ValidationContext())[0]
     return invalid_type(field.name, _EXPECTED[field.cpp_type])
