@@ -371,8 +371,8 @@ class Settings(BaseSettings):
     quarters of them at most.
     """
     max_fetched_bytes: Bytes = Field(128 * 2**20, ge=32 * 2**20)
-    """Most bytes of downloaded init images that one api holds at a time. A tenant holds three
-    quarters of them at most.
+    """Most bytes of downloaded init images, and of uploads that are read, that one api holds at a
+    time. A tenant holds three quarters of them at most.
     """
     admission_wait_seconds: Seconds = Field(20.0, ge=0)
     """Longest wait of a request for a process or memory that decodes its init image, or for a

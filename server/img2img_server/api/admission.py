@@ -11,7 +11,7 @@ from typing import Final
 from img2img.v1 import job_pb2
 from img2img_server import errors
 from img2img_server.api import convert
-from img2img_server.api.deps import ApiDeps
+from img2img_server.api.deps import TENANT_SHARE, ApiDeps
 from img2img_server.api.estimate import Estimator
 from img2img_server.api.keys import Principal
 from img2img_server.api.model_names import default_model, full_name, unserved_warning
@@ -34,7 +34,6 @@ from img2img_server.nats.rates import Rates
 from img2img_server.prompts import NO_REWRITER, rewrite
 from img2img_server.tasks import background_task
 
-TENANT_SHARE: Final = 0.75  # the most of a budget that one tenant holds
 MISTAKES: Final = 10  # the least number of refused requests that a key may make in a minute
 
 
@@ -125,11 +124,6 @@ class Admission:
             settings.max_fetches,
             int(settings.max_fetches * TENANT_SHARE),
             wait_seconds=settings.admission_wait_seconds,
-        )
-        self._downloaded = Budget(
-            "downloaded bytes",
-            settings.max_fetched_bytes,
-            int(settings.max_fetched_bytes * TENANT_SHARE),
         )
 
     async def admit(self, spec: job_pb2.JobSpec, caller: Caller) -> Admitted:
@@ -305,7 +299,7 @@ class Admission:
         The bytes of an inline image count as bytes of its request.
         """
         params, decoder = request.params, self._deps.decoder
-        with self._downloaded.try_take(tenant, 0) as held:
+        with self._deps.downloaded.try_take(tenant, 0) as held:
             try:
                 data = request.init_image
                 if request.upload:

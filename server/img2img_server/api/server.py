@@ -20,7 +20,7 @@ from img2img_server.api.admin import AdminServicer
 from img2img_server.api.admission import Admission
 from img2img_server.api.cancel import Canceller
 from img2img_server.api.connections import PeerLimit
-from img2img_server.api.deps import ApiDeps, Fetch, service_limits
+from img2img_server.api.deps import ApiDeps, Fetch, downloaded_bytes, service_limits
 from img2img_server.api.disconnects import Disconnects
 from img2img_server.api.dry_run import DryRun
 from img2img_server.api.estimate import Backlog, Estimator
@@ -137,6 +137,7 @@ async def serve(
     decoded in threads without limits. Without `blobs`, no uploads are taken.
     """
     decoder, limits = decoder or ThreadDecoder(), service_limits(settings)
+    downloaded = downloaded_bytes(settings)
     deps = ApiDeps(
         settings=settings,
         bus=bus,
@@ -147,7 +148,8 @@ async def serve(
         limits=limits,
         link_base=_link_base(settings),
         stop=stop,
-        uploads=Uploads(settings, bus.uploads, blobs, decoder, limits),
+        downloaded=downloaded,
+        uploads=Uploads(settings, bus.uploads, blobs, decoder, limits, downloaded),
     )
     await ApiServer(deps, webhooks, keys).serve(started)
 

@@ -15,8 +15,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Final
+from weakref import WeakValueDictionary
 
 from img2img_server import clock, errors
+from img2img_server.budget import Budget
 from img2img_server.domain.params import Limits
 from img2img_server.domain.violations import (
     Reason,
@@ -45,6 +47,7 @@ class Uploads:
 
     Args:
         blobs: The service's own bucket; None: this server takes no uploads.
+        downloaded: The budget of the bytes that are read from the bucket.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Uploads:
         blobs: BlobStore | None,
         decoder: ImageDecoder,
         limits: Limits,
+        downloaded: Budget,
     ) -> None:
         self._most_bytes = settings.upload_bytes
         self._seconds = settings.upload_hours * 3600.0
@@ -61,6 +65,8 @@ class Uploads:
         self._blobs = blobs if settings.upload_bytes else None
         self._decoder = decoder
         self._limits = limits
+        self._downloaded = downloaded
+        self._locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
     async def create(
         self, tenant: str, image: bytes, sha256: str = "", size_bytes: int = 0
@@ -81,16 +87,19 @@ class Uploads:
         if sha256.lower() not in ("", found):
             raise _other_file("sha256", found, sha256[:_SHOWN_CHARACTERS])
         media_type = await self._media_type(tenant, image)
-        # Until the file is stored: a record without a file counts no longer than that.
-        new = self._new(found, len(image), PUT_SECONDS)
-        upload = await self._records.add(tenant, new, self._most_bytes)
-        try:
-            return await self._stored(tenant, upload, image, media_type)
-        except BaseException:
-            if upload is new:
-                with suppress(errors.UnavailableError):
-                    await self._records.remove(tenant, new.id)
-            raise
+        while True:
+            # Until the file is stored: a record without a file counts no longer than that.
+            new = self._new(found, len(image), PUT_SECONDS)
+            upload = await self._records.add(tenant, new, self._most_bytes)
+            try:
+                return await self._stored(tenant, upload, image, media_type)
+            except errors.UploadNotFoundError:
+                continue  # It was deleted meanwhile.
+            except BaseException:
+                if upload is new:  # A call that sends the same image may have completed it.
+                    with suppress(errors.UnavailableError):
+                        await self._records.remove(tenant, new, unless_changed=True)
+                raise
 
     async def announce(
         self, tenant: str, sha256: str, size_bytes: int
@@ -109,9 +118,6 @@ class Uploads:
         upload = await self._records.add(tenant, new, self._most_bytes)
         if upload.is_complete:
             return upload, "", 0.0
-        if upload is not new:  # The same file was announced before: its time begins again.
-            upload = replace(new, id=upload.id, create_time=upload.create_time)
-            await self._records.replace(tenant, upload)
         try:
             url = await blobs.put_url(_incoming_key(tenant, upload), PUT_SECONDS)
         except errors.StorageError as error:
@@ -123,12 +129,12 @@ class Uploads:
 
         Raises:
             InvalidRequestError, UploadNotFoundError, UploadExpiredError, UploadIncompleteError,
-            UploadsDisabledError, UnavailableError.
+            UploadsFullError, UploadsDisabledError, ServerBusyError, UnavailableError.
         """
         upload = await self.get(tenant, name)
-        if upload.is_complete:
-            return upload
-        upload, _ = await self._completed(tenant, upload, lambda _: None)
+        if not upload.is_complete:
+            with self._downloaded.try_take(tenant, 0) as held:
+                upload, _ = await self._completed(tenant, upload, held.resize)
         return upload
 
     async def get(self, tenant: str, name: str) -> UploadRecord:
@@ -160,9 +166,9 @@ class Uploads:
             upload = await self.get(tenant, name)
         except errors.UploadExpiredError as error:
             raise errors.UploadNotFoundError(error.upload) from error
-        await self._records.remove(tenant, upload.id)
-        for key in (_key(tenant, upload), _incoming_key(tenant, upload)):
-            await self._delete(key)
+        await self._records.remove(tenant, upload)
+        await self._delete_unnamed(tenant, upload)
+        await self._delete(_incoming_key(tenant, upload))
 
     async def content(self, tenant: str, name: str, report: Callable[[int], None]) -> bytes:
         """Returns the file of an upload, after its check if it was not complete.
@@ -175,13 +181,19 @@ class Uploads:
         """
         upload = await self.get(tenant, name)
         if not upload.is_complete:
-            _, data = await self._completed(tenant, upload, report)
-            return data
+            upload, data = await self._completed(tenant, upload, report)
+            if data is not None:
+                return data
         report(upload.size_bytes)
-        found = await self._read(_key(tenant, upload), upload.size_bytes)
-        if found is None:  # The bucket has lost it.
+        try:
+            data = await self._read(_key(tenant, upload), upload.size_bytes)
+        except KeyError:
+            # The bucket has lost it: the next announcement of the content gets a URL again.
+            await self._records.remove(tenant, upload, unless_changed=True)
+            data = None
+        if data is None:
             raise errors.UploadNotFoundError(name[:_SHOWN_CHARACTERS])
-        return found
+        return data
 
     def _store(self) -> BlobStore:
         if self._blobs is None:
@@ -228,20 +240,56 @@ class Uploads:
     async def _stored(
         self, tenant: str, upload: UploadRecord, image: bytes, media_type: str
     ) -> UploadRecord:
-        """Stores the file and returns the record, whose time begins again."""
+        """Stores the file and returns the record, whose time begins again.
+
+        Raises:
+            UploadNotFoundError: The upload was deleted meanwhile.
+            UploadsFullError: The upload was announced with fewer bytes meanwhile.
+            UnavailableError.
+        """
         # The file is stored again if there is one: the bucket deletes files by their age.
         try:
             await self._store().put(_key(tenant, upload), image, media_type)
         except errors.StorageError as error:
             raise errors.UnavailableError(str(error), error.detail) from error
         end = clock.now() + self._seconds
-        complete = replace(upload, media_type=media_type, expire_time=end)
-        await self._records.replace(tenant, complete)
+        size = len(image)
+        complete = replace(upload, size_bytes=size, media_type=media_type, expire_time=end)
+        try:
+            is_known = await self._records.update(tenant, complete, self._most_bytes)
+        except errors.UploadsFullError:
+            await self._delete_unnamed(tenant, upload)
+            raise
+        if not is_known:
+            await self._delete_unnamed(tenant, upload)
+            raise errors.UploadNotFoundError(upload.id)
         return complete
 
     async def _completed(
         self, tenant: str, upload: UploadRecord, report: Callable[[int], None]
+    ) -> tuple[UploadRecord, bytes | None]:
+        """Returns the complete upload, and its file if it was read for its check.
+
+        One call at a time reads the file of an upload; the next ones find it complete.
+        """
+        lock = self._locks.setdefault((tenant, upload.id), asyncio.Lock())
+        async with lock:
+            upload = await self.get(tenant, upload.id)
+            if upload.is_complete:
+                return upload, None
+            try:
+                return await self._checked(tenant, upload, report)
+            except errors.UploadIncompleteError:
+                # Another api may have completed it, and has deleted the file that was sent.
+                upload = await self.get(tenant, upload.id)
+                if upload.is_complete:
+                    return upload, None
+                raise
+
+    async def _checked(
+        self, tenant: str, upload: UploadRecord, report: Callable[[int], None]
     ) -> tuple[UploadRecord, bytes]:
+        """Checks the file that was sent, and stores it. Raises the errors of `complete`."""
         incoming = _incoming_key(tenant, upload)
         try:
             info = await self._store().stat(incoming)
@@ -253,7 +301,9 @@ class Uploads:
             if info.size_bytes != upload.size_bytes:
                 raise _other_file("size_bytes", info.size_bytes, upload.size_bytes)
             report(upload.size_bytes)
-            data = await self._read(incoming, upload.size_bytes)
+            data = None
+            with suppress(KeyError):
+                data = await self._read(incoming, upload.size_bytes)
             if data is None:
                 raise errors.UploadIncompleteError(upload.id)
             sha256 = await asyncio.to_thread(_sha256, data)
@@ -268,18 +318,29 @@ class Uploads:
         return complete, data
 
     async def _read(self, key: str, size_bytes: int) -> bytes | None:
-        """Returns a file of this size; None if there is none, or one of another size."""
+        """Returns a file of this size; None if it has another size.
+
+        Raises:
+            KeyError: There is no such file.
+            UnavailableError.
+        """
         data = bytearray()
         try:
             async for chunk in self._store().read(key):
                 data += chunk
                 if len(data) > size_bytes:
                     return None
-        except KeyError:
-            return None
         except errors.StorageError as error:
             raise errors.UnavailableError(str(error), error.detail) from error
         return bytes(data) if len(data) == size_bytes else None
+
+    async def _delete_unnamed(self, tenant: str, upload: UploadRecord) -> None:
+        """Deletes the file of an upload that is not stored, unless another one has the content."""
+        for each in await self._records.all(tenant):
+            is_other = each.is_complete or each.id != upload.id
+            if is_other and each.sha256 == upload.sha256 and not each.has_expired:
+                return
+        await self._delete(_key(tenant, upload))
 
     async def _delete(self, key: str) -> None:
         with suppress(errors.StorageError):  # The bucket deletes it by its age.

@@ -5,9 +5,10 @@ So the bytes of a tenant are counted and limited in one compare and swap.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from img2img_server import clock
@@ -17,7 +18,7 @@ from img2img_server.nats.connection import NatsConnection
 from img2img_server.nats.faults import WrongLastSequenceError
 from img2img_server.nats.kv import Bucket, KeyValue
 
-MOST_UPLOADS: Final = 1000  # of a tenant
+MOST_UPLOADS: Final = 1000  # of a tenant; as many expired ones are known
 EXPIRED_SECONDS: Final = 24 * 3600.0  # so long an expired upload is known as expired
 
 
@@ -61,7 +62,10 @@ class UploadRecords:
         return codec.decode(known.value, _Entry).uploads if known else ()
 
     async def add(self, tenant: str, upload: UploadRecord, most_bytes: int) -> UploadRecord:
-        """Adds an upload, or returns the one with the same content that has not expired.
+        """Adds an upload that is not complete, and returns its record.
+
+        If the tenant has a complete upload with this content, that one is returned unchanged. One
+        that is not complete is replaced, and keeps its id and its create time.
 
         Raises:
             UploadsFullError: The tenant has no room for it.
@@ -70,48 +74,98 @@ class UploadRecords:
 
         def added(uploads: list[UploadRecord]) -> list[UploadRecord]:
             nonlocal found
-            kept = [each for each in uploads if not each.has_expired]
-            for each in kept:
-                if each.sha256 == upload.sha256:
-                    found = each
-                    return uploads
             found = upload
-            used = sum(each.size_bytes for each in kept)
-            if used + upload.size_bytes > most_bytes or len(kept) >= MOST_UPLOADS:
-                ends = [each.expire_time for each in kept]
-                wait = max(1.0, min(ends) - clock.now()) if ends else None
-                raise UploadsFullError(most_bytes, MOST_UPLOADS, retry_seconds=wait)
-            return [*uploads, upload]
+            for each in uploads:
+                if each.sha256 == upload.sha256 and not each.has_expired:
+                    if each.is_complete:
+                        found = each
+                        return uploads
+                    found = replace(upload, id=each.id, create_time=each.create_time)
+            others = [each for each in uploads if each.id != found.id]
+            _check_room(others, found, most_bytes)
+            return [*others, found]
 
         await self._change(tenant, added)
         return found
 
-    async def replace(self, tenant: str, upload: UploadRecord) -> None:
-        """Replaces the record of the upload with the same id, or adds it."""
+    async def update(self, tenant: str, upload: UploadRecord, most_bytes: int) -> bool:
+        """Replaces the record with the same id by that of a complete upload.
 
-        def replaced(uploads: list[UploadRecord]) -> list[UploadRecord]:
-            return [*(each for each in uploads if each.id != upload.id), upload]
+        Returns:
+            Whether there is still a record with this id.
 
-        await self._change(tenant, replaced)
+        Raises:
+            UploadsFullError: The file is larger than its record says, and there is no room for it.
+        """
+        assert upload.is_complete, "a complete upload stays complete"
+        is_known = False
 
-    async def remove(self, tenant: str, upload_id: str) -> None:
-        """Removes the upload, if it exists."""
-        await self._change(tenant, lambda all_: [each for each in all_ if each.id != upload_id])
+        def updated(uploads: list[UploadRecord]) -> list[UploadRecord]:
+            nonlocal is_known
+            known = next((each for each in uploads if each.id == upload.id), None)
+            is_known = known is not None
+            if known is None:
+                return uploads
+            others = [each for each in uploads if each is not known]
+            if upload.size_bytes > (0 if known.has_expired else known.size_bytes):
+                _check_room(others, upload, most_bytes)
+            return [*others, upload]
+
+        await self._change(tenant, updated)
+        return is_known
+
+    async def remove(
+        self, tenant: str, upload: UploadRecord, *, unless_changed: bool = False
+    ) -> None:
+        """Removes the record with the id of this one, if it exists.
+
+        Args:
+            unless_changed: Leave a record that differs from this one.
+        """
+
+        def left(uploads: list[UploadRecord]) -> list[UploadRecord]:
+            if unless_changed:
+                return [each for each in uploads if each != upload]
+            return [each for each in uploads if each.id != upload.id]
+
+        await self._change(tenant, left)
 
     async def _change(
         self, tenant: str, change: Callable[[list[UploadRecord]], list[UploadRecord]]
     ) -> None:
-        key, gone = subjects.token(tenant), clock.now() - EXPIRED_SECONDS
+        key = subjects.token(tenant)
         while True:
             known = await self._bucket.get(key)
             uploads = list(codec.decode(known.value, _Entry).uploads) if known else []
-            kept = [each for each in change(uploads) if each.expire_time > gone]
+            kept = _without_old(change(uploads))
             if kept == uploads:
                 return
             entry = codec.encode(_Entry(tenant=tenant, uploads=tuple(kept)))
             with suppress(WrongLastSequenceError):  # Another call has changed the uploads.
                 await self._bucket.swap(key, entry, known.revision if known else 0)
                 return
+
+
+def _check_room(others: list[UploadRecord], upload: UploadRecord, most_bytes: int) -> None:
+    """Raises UploadsFullError if the upload and the other ones exceed the limits."""
+    live = [each for each in others if not each.has_expired]
+    used = sum(each.size_bytes for each in live)
+    if used + upload.size_bytes > most_bytes or len(live) >= MOST_UPLOADS:
+        ends = [each.expire_time for each in live]
+        wait = max(1.0, min(ends) - clock.now()) if ends else None
+        raise UploadsFullError(most_bytes, MOST_UPLOADS, retry_seconds=wait)
+
+
+def _without_old(uploads: list[UploadRecord]) -> list[UploadRecord]:
+    """Returns the uploads without those that expired long ago, or before many others.
+
+    An entry has a greatest size, and announcements that expire every 15 minutes could exceed it.
+    """
+    gone = clock.now() - EXPIRED_SECONDS
+    expired = [each for each in uploads if each.has_expired and each.expire_time > gone]
+    newest = heapq.nlargest(MOST_UPLOADS, expired, key=lambda each: each.expire_time)
+    known = {each.id for each in newest}
+    return [each for each in uploads if not each.has_expired or each.id in known]
 
 
 def kv_uploads(link: NatsConnection) -> UploadRecords:

@@ -372,6 +372,10 @@ class Img2ImgServiceServicer:
         - NOT_FOUND, UPLOAD_EXPIRED: the upload has expired. Create it again.
         - FAILED_PRECONDITION, UPLOAD_INCOMPLETE: the storage has no file yet. Send it to the URL.
         - FAILED_PRECONDITION, UPLOADS_DISABLED: the operator has not set IMG2IMG_UPLOAD_BYTES.
+        - RESOURCE_EXHAUSTED, UPLOADS_FULL: another call has announced the content with a smaller size
+        meanwhile, and there is no room for the file.
+        - RESOURCE_EXHAUSTED, SERVER_BUSY: the server reads too many other init images now. Retry after the
+        time in RetryInfo.
         - INVALID_ARGUMENT, INVALID_REQUEST: the file is another one than announced, or no image that can be
         used. It is deleted; another one can be sent until the URL expires.
         """

@@ -61,6 +61,7 @@ class Endpoints:
         found = _outcomes("GetUploadResponse", errors=_GONE)
         router.get("/uploads/{upload_id:job_id}", responses=found)(self.get_upload)
         failing = [*BODY, *_GONE, ErrorKind.FIELDS, ErrorKind.UPLOAD_INCOMPLETE]
+        failing.append(ErrorKind.RATE_LIMIT)
         found = _outcomes("CompleteUploadResponse", errors=failing)
         router.post("/uploads/{upload_id}:complete", responses=found)(self.complete_upload)
         found = _outcomes("DeleteUploadResponse", errors=[ErrorKind.UNKNOWN_UPLOAD])
