@@ -89,12 +89,12 @@ def kind(field: FieldInfo) -> str:
         return f"{', '.join(others)} or {last}"
     annotations = get_args(field.annotation) or (field.annotation,)
     name = next((NAMES[each] for each in annotations if each in NAMES), "text")
-    bounds = [
-        f"{words} {getattr(rule, attribute)}"
-        for rule_type, attribute, words in BOUNDS
-        for rule in field.metadata
-        if isinstance(rule, rule_type)
-    ]
+    bounds = []
+    for rule_type, attribute, words in BOUNDS:
+        # A field can narrow the range of its annotated type.
+        found = [getattr(rule, attribute) for rule in field.metadata if isinstance(rule, rule_type)]
+        if found:
+            bounds.append(f"{words} {(max if attribute in ('ge', 'gt') else min)(found)}")
     return f"{name}, {' '.join(bounds)}" if bounds else name
 
 

@@ -235,9 +235,29 @@ def _local_keys(checks: _Checks) -> None:
         _http_dev_key(others)
 
 
+_MODEL_FOLDERS: Final = ("lora_dir", "embeddings_dir", "vae_dir")
+
+
+def _folder_fault(path: Path) -> str:
+    try:
+        os.scandir(path).close()
+    except OSError as error:
+        return f"folder {path} cannot be read: {error.strerror or error}"
+    return ""
+
+
 def _catalogue(checks: _Checks) -> None:
-    """Checks the file only: a worker serves the models of a catalogue that can be loaded."""
-    checks.run(lambda: read_catalogue(checks.settings), "models_file")
+    """Checks the file and its folders, no model: a worker serves those that can be loaded."""
+
+    def check() -> None:
+        for model in read_catalogue(checks.settings):
+            for name in ("model_parts_dir", *_MODEL_FOLDERS):
+                own = getattr(model.settings, name)
+                if own != getattr(checks.settings, name) and (fault := _folder_fault(own)):
+                    field = {"model_parts_dir": "base"}.get(name, name)
+                    checks.add("models_file", f"model {model.name}: {field}: {fault}")
+
+    checks.run(check, "models_file")
 
 
 def _model(checks: _Checks) -> None:
@@ -268,12 +288,9 @@ def _model(checks: _Checks) -> None:
 
 
 def _model_folders(checks: _Checks) -> None:
-    for name in ("lora_dir", "embeddings_dir", "vae_dir"):
-        if path := checks.path(name):
-            try:
-                os.scandir(path).close()
-            except OSError as error:
-                checks.add(name, f"folder {path} cannot be read: {error.strerror or error}")
+    for name in _MODEL_FOLDERS:
+        if (path := checks.path(name)) and (fault := _folder_fault(path)):
+            checks.add(name, fault)
     if checks.settings.lora_s3_prefix:
         checks.writable_folder("lora_dir")
     checks.writable_folder("compile_cache_dir")

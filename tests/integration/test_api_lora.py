@@ -50,7 +50,9 @@ async def test_an_unknown_lora_is_refused_with_the_known_ones() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stack.api.create(spec(loras=[job_pb2.Lora(name="nope")]))
 
-    assert refusal(caught.value).violations == {"loras": "loras must be one of ink, oil"}
+    assert refusal(caught.value).violations == {
+        "loras": "loras must be of ink, oil; there is no 'nope'"
+    }
 
 
 async def test_the_callers_deadline_reaches_the_engine_unless_it_only_creates_a_job() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from img2img_server.engine.catalogue import read_catalogue
+from img2img_server.setting_checks import mistakes_of
 from img2img_server.settings import Settings, SettingsError
 
 FULL = """
@@ -88,12 +89,13 @@ def test_an_entry_without_a_name_has_the_name_of_its_model(tmp_path: Path) -> No
         ("[models]\nname = 'a'", "FOLDER/models.toml must have [[models]] with at least one model"),
         (
             "[[models]]\nname = 'a'\n[[models]]\nname = 'b'\nstrenght = 1",
-            "FOLDER/models.toml: model 2 (b): strenght: Extra inputs are not permitted",
+            "FOLDER/models.toml: model 2 (b): strenght: there is no such field; there are name, "
+            "source, base, defaults, lora_dir, embeddings_dir, vae_dir, dtype, max_batch_size, "
+            "warm_up_sizes, quantization, gguf_file, tiny_vae, compile, text_encoder_placement",
         ),
         (
             "[[models]]\nname = 'a'\n[models.defaults]\nstrength = 2",
-            "FOLDER/models.toml: model 1 (a): defaults.strength: "
-            "Input should be less than or equal to 1",
+            "FOLDER/models.toml: model 1 (a): defaults.strength: must be less than or equal to 1",
         ),
         (
             "[[models]]\nname = 'a'\nwarm_up_sizes = 'big'",
@@ -131,3 +133,18 @@ def test_a_file_that_is_no_toml_or_missing_is_named(tmp_path: Path) -> None:
 def test_a_model_and_a_catalogue_cannot_both_be_set(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="IMG2IMG_MODEL: cannot be used together with IMG2IMG_MOD"):
         Settings(models_file=tmp_path / "m.toml", model="acme/model")
+
+
+def test_a_folder_that_is_missing_is_an_error_of_the_start(tmp_path: Path) -> None:
+    (tmp_path / "loras").mkdir()
+    text = (
+        "[[models]]\nname = 'a'\nlora_dir = 'loras'\n"
+        "[[models]]\nname = 'b'\nlora_dir = 'none'\nbase = 'gone'\nsource = 'late.safetensors'"
+    )
+    found = mistakes_of("doctor", catalogue(tmp_path, text))
+    assert [mistake.replace(str(tmp_path), "FOLDER") for mistake in found] == [
+        "IMG2IMG_MODELS_FILE: model b: base: folder FOLDER/gone cannot be read: "
+        "No such file or directory",
+        "IMG2IMG_MODELS_FILE: model b: lora_dir: folder FOLDER/none cannot be read: "
+        "No such file or directory",
+    ]

@@ -126,26 +126,28 @@ def test_a_key_without_the_permission_raises_permission_denied(run: Run) -> None
             "ab12: lab, not used lately\n"
             'web-2: shop, "the web shop", operate, expired 2026-01-01 00:00 UTC, '
             "last used 2025-12-31 23:59 UTC\n",
-            [
-                {
-                    "id": "ab12",
-                    "tenant": "lab",
-                    "label": "",
-                    "permissions": [],
-                    "expire_time": None,
-                    "has_expired": False,
-                    "last_use_time": None,
-                },
-                {
-                    "id": "web-2",
-                    "tenant": "shop",
-                    "label": "the web shop",
-                    "permissions": ["operate"],
-                    "expire_time": "2026-01-01T00:00:00Z",
-                    "has_expired": True,
-                    "last_use_time": "2025-12-31T23:59:00Z",
-                },
-            ],
+            {
+                "keys": [
+                    {
+                        "id": "ab12",
+                        "tenant": "lab",
+                        "label": "",
+                        "permissions": [],
+                        "expire_time": None,
+                        "has_expired": False,
+                        "last_use_time": None,
+                    },
+                    {
+                        "id": "web-2",
+                        "tenant": "shop",
+                        "label": "the web shop",
+                        "permissions": ["operate"],
+                        "expire_time": "2026-01-01T00:00:00Z",
+                        "has_expired": True,
+                        "last_use_time": "2025-12-31T23:59:00Z",
+                    },
+                ]
+            },
         ),
         (
             "admin restart",

@@ -74,7 +74,7 @@ def keys(session: Session) -> None:
             facts.append(f"last used {used:%Y-%m-%d %H:%M} UTC" if used else "not used lately")
             click.echo(f"{each.id}: {', '.join(filter(None, facts))}")
 
-    session.answer(found, show)
+    session.answer({"keys": found}, show)
 
 
 @admin.command()

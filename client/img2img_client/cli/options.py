@@ -34,6 +34,8 @@ def _read_loras(
     """Reads NAME:SCALE or NAME. A colon that no number follows belongs to the name."""
     read: list[tuple[str, float]] = []
     for each in given:
+        if not each.strip(":"):
+            raise click.BadParameter(f"{each!r} is not NAME or NAME:SCALE.")
         name, _, scale = each.rpartition(":")
         try:
             read.append((name, float(scale)) if name else (each, 1.0))

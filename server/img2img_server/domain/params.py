@@ -245,9 +245,11 @@ def _loras(loras: tuple[Lora, ...], context: ValidationContext) -> Iterator[Viol
         values = {"max_entries": str(limits.max_loras)}
         yield Violation(field, Reason.TOO_MANY, message, values=values)
         return  # The other messages would grow with the entries.
-    if known is not None and any(lora.name not in known for lora in loras):
+    unknown = [lora.name for lora in loras if known is not None and lora.name not in known]
+    if unknown:
         if known:
-            yield not_supported(field, known)
+            message = f"loras must be of {', '.join(known)}; there is no {unknown[0]!r}"
+            yield Violation(field, Reason.NOT_SUPPORTED, message)
         else:
             message = "loras are not supported: the model has none"
             yield Violation(field, Reason.NOT_SUPPORTED, message)

@@ -28,6 +28,7 @@ Every other setting applies to all models.
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections import Counter
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from pydantic import (
     ValidationError,
     field_validator,
 )
+from pydantic_core import ErrorDetails
 
 from img2img_server.domain.hub_id import HubId
 from img2img_server.domain.params import MAX_SIDE_PIXELS
@@ -127,7 +129,7 @@ def read_catalogue(settings: Settings) -> tuple[CatalogueModel, ...]:
     mistakes: list[str] = []
     found = []
     for number, entry in enumerate(entries, 1):
-        model = _with_entry(settings, entry, path.parent)
+        model = _with_entry(settings, entry, path.absolute().parent)
         found.append(model)
         where = _where(path, number, model.name)
         mistakes += [f"{where}: {fault}" for fault in model.settings.conflicts()]
@@ -157,7 +159,7 @@ def _read(path: Path) -> _Catalogue:
     except ValidationError as error:
         faults = error.errors(include_input=False, include_url=False)
         raise SettingsError(
-            *(_fault(path, content, fault["loc"], fault["msg"]) for fault in faults)
+            *(_fault(path, content, fault["loc"], _sentence(fault)) for fault in faults)
         ) from error
 
 
@@ -174,8 +176,16 @@ def _fault(path: Path, content: Any, place: tuple[int | str, ...], fault: str) -
     where = _where(path, place[1] + 1, str(name))
     # A union adds the kind that was tried, which says nothing to the operator.
     fields = [str(part) for part in place[2:] if part not in ("constrained-str",)]
-    fault = fault.removeprefix("Value error, ")
     return f"{where}: {'.'.join(fields)}: {fault}" if fields else f"{where}: {fault}"
+
+
+def _sentence(fault: ErrorDetails) -> str:
+    """Returns an error of pydantic in the words of the errors of settings."""
+    if fault["type"] == "extra_forbidden":
+        model = _Defaults if "defaults" in fault["loc"] else _Entry
+        return f"there is no such field; there are {', '.join(model.model_fields)}"
+    message = re.sub("^(Input|String|Value) should", "must", fault["msg"])
+    return message.removeprefix("Value error, ").partition(", unable to")[0]
 
 
 def _where(path: Path, number: int, name: str) -> str:
