@@ -299,10 +299,12 @@ async def test_the_commands_of_the_v1_page_store_an_upload_and_create_its_job(
     reader: Reader,
 ) -> None:
     store, create, announce = [each for each in blocks(V1, "sh") if "upload" in each.text]
-    await reader.shell(announce)  # straight to the bucket
-    job = json.loads(await reader.shell(create))["job"]
-    assert (job["state"], job["spec"]["prompt"]) == ("STATE_QUEUED", "an oil painting of a cat")
     response = json.loads(await reader.shell(store))
+    await reader.shell(announce)  # This file goes straight to the bucket.
+    for name in ("cat.jpg", "coffee.jpg"):
+        named = replace(create, text=create.text.replace("cat.jpg", name))
+        job = json.loads(await reader.shell(named))["job"]
+        assert (job["state"], job["spec"]["prompt"]) == ("STATE_QUEUED", "an oil painting of a cat")
     [shown] = [each for each in blocks(V1, "text") if "put_url" in each.text]
     example = json.loads(shown.text)
     assert response.keys() == example.keys()
