@@ -82,7 +82,7 @@ class FakeLoader:
         self.most_bytes = max(self.most_bytes, self.bytes_now)
         return LoadedModel(engine, FixedSafetyChecker(0.0), size)
 
-    async def unload(self, model: LoadedModel) -> None:
+    async def unload(self, model: LoadedModel, seconds: float = 0.0) -> None:
         assert isinstance(model.engine, FakeEngine)
         model.engine.release()
         await asyncio.to_thread(model.engine.stop)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -116,9 +117,46 @@ async def test_files_stay_while_the_bucket_cannot_be_read(
         with suppress(asyncio.CancelledError):
             await following
     assert names(tmp_path) == {"oil.safetensors", "wax.safetensors"}, "no half copied file"
-    assert not (tmp_path / ".ink.safetensors.part").exists()
+    assert not [path for path in os.listdir(tmp_path) if path.endswith(".part")]
     warnings = [record.getMessage() for record in caplog.records]
     assert [text.count("closed") for text in warnings] == [1, 0], "each failure is logged once"
+
+
+class Versions:
+    """A store with one file, whose content is its tag."""
+
+    tag = "first"
+    partial = Path()
+
+    async def files(self, prefix: str) -> list[StoredFile]:
+        return [StoredFile("loras/ink.safetensors", self.tag, 5)]
+
+    async def save(self, key: str, file: Path) -> None:
+        self.partial = file
+        await asyncio.to_thread(file.write_text, self.tag)
+
+
+async def test_a_file_whose_copy_could_not_be_noted_is_still_one_of_the_bucket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Versions()
+    prefix, target = LoraPrefix(store, "loras", tmp_path), tmp_path / "ink.safetensors"
+
+    def write(self: LoraPrefix, copied: Mapping[str, str]) -> None:
+        if target.exists():
+            raise OSError("no space left on device")
+        whole_write(self, copied)
+
+    whole_write = LoraPrefix._write_copied
+    with monkeypatch.context() as patched:
+        patched.setattr(LoraPrefix, "_write_copied", write)
+        with pytest.raises(OSError, match="no space"):
+            await prefix.refresh()
+    assert target.read_text() == "first"
+    store.tag = "second"
+    await prefix.refresh()
+    assert target.read_text() == "second"
+    assert str(os.getpid()) in store.partial.name, "two processes do not share a partial file"
 
 
 def test_the_prefix_needs_a_folder() -> None:

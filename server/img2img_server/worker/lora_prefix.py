@@ -17,6 +17,7 @@ PAUSE_SECONDS: Final = 30.0
 _SUFFIX: Final = ".safetensors"
 # The names of the files that came from the bucket, with the tags of their contents.
 _COPIED: Final = ".from-bucket.json"
+_UNFINISHED: Final = ""  # the tag of a file that is about to be replaced
 
 log = logging.getLogger(__name__)
 
@@ -74,39 +75,45 @@ class LoraPrefix:
             for name, file in files.items()
             if name.lower().endswith(_SUFFIX) and not name.startswith(".")
         }
-        copied = await asyncio.to_thread(self._read_copied)
+        copied = dict(await asyncio.to_thread(self._read_copied))
         failures: list[StorageError | OSError] = []
         for name, file in found.items():
             try:
-                if await self._copy(name, file, copied):
-                    copied = {**copied, name: file.tag}
-                    await asyncio.to_thread(self._write_copied, copied)
+                await self._copy(name, file, copied)
             except (StorageError, OSError) as error:  # One file must not stop the others.
                 failures.append(error)
-        for name in copied.keys() - found.keys():
+        for name in sorted(copied.keys() - found.keys()):
             await asyncio.to_thread((self._folder / name).unlink, missing_ok=True)
-            copied = {key: tag for key, tag in copied.items() if key != name}
+            del copied[name]
             await asyncio.to_thread(self._write_copied, copied)
             log.info("lora_deleted: %s is not in the bucket any more", name)
         if failures:
             raise failures[0]
 
-    async def _copy(self, name: str, file: StoredFile, copied: Mapping[str, str]) -> bool:
-        """Copies a file that is new or has changed. Returns whether it did."""
-        target, partial = self._folder / name, self._folder / f".{name}.part"
+    async def _copy(self, name: str, file: StoredFile, copied: dict[str, str]) -> None:
+        """Copies a file that is new or has changed, and notes it in `copied`."""
+        target, partial = self._folder / name, self._partial(name)
         is_there = await asyncio.to_thread(target.exists)
         if is_there and copied.get(name) == file.tag:
-            return False
+            return
         if is_there and name not in copied:
             log.debug("lora_not_copied: %s is in the folder already", name)
-            return False
+            return
         try:
             await self._store.save(file.key, partial)
+            # If the second list cannot be written, the file still counts as one of the bucket.
+            copied[name] = _UNFINISHED
+            await asyncio.to_thread(self._write_copied, copied)
             await asyncio.to_thread(os.replace, partial, target)
         finally:
             await asyncio.to_thread(partial.unlink, missing_ok=True)
+        await asyncio.to_thread(self._write_copied, {**copied, name: file.tag})
+        copied[name] = file.tag
         log.info("lora_copied: %s, %d bytes", name, file.size_bytes)
-        return True
+
+    def _partial(self, name: str) -> Path:
+        """Returns the path of an unfinished file, which no other process writes."""
+        return self._folder / f".{name}.{os.getpid()}.part"
 
     def _read_copied(self) -> Mapping[str, str]:
         try:
@@ -119,6 +126,6 @@ class LoraPrefix:
         return {str(name): str(tag) for name, tag in read.items()} if isinstance(read, dict) else {}
 
     def _write_copied(self, copied: Mapping[str, str]) -> None:
-        partial = self._folder / f"{_COPIED}.part"
+        partial = self._partial(_COPIED)
         partial.write_text(json.dumps(copied, indent=2), encoding="utf-8")
         partial.replace(self._folder / _COPIED)

@@ -21,7 +21,9 @@ from img2img_server.safety.base import SafetyChecker
 from img2img_server.settings import Settings
 
 FREE_SHARE: Final = 5  # this part of the memory remains free without a budget: a fifth
-_STOP_SECONDS: Final = 10.0  # longest wait for the threads of an engine
+STOP_SECONDS: Final = 10.0  # longest wait for the threads of an engine when the process ends
+# The same before another model is loaded: the weights are in memory until the step ends.
+UNLOAD_SECONDS: Final = 120.0
 
 log = structlog.get_logger()
 
@@ -73,8 +75,12 @@ class ModelLoader(Protocol):
         """
         ...
 
-    async def unload(self, model: LoadedModel) -> None:
-        """Ends the engine of a model. `reclaim` returns the memory once nothing refers to it."""
+    async def unload(self, model: LoadedModel, seconds: float = STOP_SECONDS) -> None:
+        """Ends the engine of a model. `reclaim` returns the memory once nothing refers to it.
+
+        Args:
+            seconds: The longest wait for the end of a step.
+        """
         ...
 
     async def reclaim(self) -> None:
@@ -176,9 +182,9 @@ class EngineLoader:
             raise
         return engine, engine.weights_bytes
 
-    async def unload(self, model: LoadedModel) -> None:
+    async def unload(self, model: LoadedModel, seconds: float = STOP_SECONDS) -> None:
         try:
-            async with asyncio.timeout(_STOP_SECONDS):
+            async with asyncio.timeout(seconds):
                 await asyncio.to_thread(model.engine.stop)
         except TimeoutError:  # Its memory stays in use until its step ends.
             log.error("engine_does_not_stop", model=model.engine.model.name)

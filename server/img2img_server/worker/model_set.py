@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -33,7 +34,12 @@ from img2img_server.telemetry import (
     count_from_zero,
 )
 from img2img_server.worker.model_demand import Demand
-from img2img_server.worker.model_loader import LoadedModel, ModelLoader, NoRoomError
+from img2img_server.worker.model_loader import (
+    UNLOAD_SECONDS,
+    LoadedModel,
+    ModelLoader,
+    NoRoomError,
+)
 from img2img_server.worker.model_plan import Swap, WantedModel, choose_swap
 from img2img_server.worker.model_slot import ModelSlot
 from img2img_server.worker.worker import ANNOUNCE_SECONDS, WITHDRAW_SECONDS, Worker
@@ -43,6 +49,7 @@ IDLE_SECONDS: Final = 1.0  # A model without jobs for this time is idle.
 # An announcement reaches the other workers within this time, so that only one of them loads a
 # model.
 SETTLE_SECONDS: Final = 0.1
+RETRY_SECONDS: Final = 1.0  # pause before a worker is started again that NATS did not admit
 RESTART_SECONDS: Final = 10.0  # Workers that restart requeue their jobs within this time.
 
 log = structlog.get_logger()
@@ -233,10 +240,13 @@ class ModelSet:
         log.info("model_loading", model=slot.name)
         began = time.monotonic()
         try:
-            loaded = await self._loaded(slot)
+            loaded: LoadedModel | None = await self._loaded(slot)
         except Exception as error:  # the libraries raise errors of many classes
-            await self._loader.reclaim()
+            loaded = None
             await self._fail(slot, error)
+            _forget_traceback(error)
+        if loaded is None:  # Here no error is handled that could refer to the weights.
+            await self._loader.reclaim()
             return False
         slot.load_seconds = time.monotonic() - began
         slot.size = loaded.size or slot.size
@@ -251,7 +261,7 @@ class ModelSet:
         slot.throughput.restart()
         slot.stop = asyncio.Event()
         slot.worker = self._make_worker(slot, loaded)
-        slot.running = asyncio.create_task(slot.worker.run(slot.stop))
+        slot.running = asyncio.create_task(self._run_worker(slot.worker, slot.stop))
         slot.running.add_done_callback(lambda task: self._on_worker_end(slot, task))
         return True
 
@@ -279,6 +289,22 @@ class ModelSet:
         log.warning("model_unloaded_for_memory", model=oldest.name, room_for=slot.name)
         await self._unload(oldest)
 
+    async def _run_worker(self, worker: Worker, stop: asyncio.Event) -> None:
+        """Runs the worker of a model. If NATS is away when it starts, starts it again."""
+        while True:
+            try:
+                await worker.run(stop)
+                return
+            except errors.UnavailableError as error:
+                if worker.has_lost_device:
+                    raise
+                log.warning("model_worker_not_started", why=str(error))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(RETRY_SECONDS):
+                    await stop.wait()
+            if stop.is_set() or worker.is_unloading:
+                return
+
     def _on_worker_end(self, slot: ModelSlot, task: asyncio.Task[None]) -> None:
         if slot.running is task and slot.state is ModelState.LOADED and not slot.stop.is_set():
             self._worker_ended.set()
@@ -297,7 +323,7 @@ class ModelSet:
         slot.info = loaded.engine.model
         names = await self._loader.loras(slot.model)
         slot.refused_loras = frozenset(names) - frozenset(slot.info.loras)
-        await self._loader.unload(loaded)
+        await self._loader.unload(loaded, UNLOAD_SECONDS)
         del loaded
         await self._loader.reclaim()
         MODEL_LOADED.labels(slot.name).set(0)
@@ -389,3 +415,13 @@ class ModelSet:
         has_room = self._loader.has_room(slot.size, 0, used)
         device = next((each.loaded.engine.device for each in loaded if each.loaded), "")
         return slot.worker_info(device, 0.0 if has_room else self._swap_seconds)
+
+
+def _forget_traceback(error: BaseException | None) -> None:
+    """Removes the references of an error to the weights, which the functions that failed have as
+    local variables. The log may keep the error.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

@@ -29,6 +29,9 @@ CHECK_SECONDS = 0.02
 PULL_END_SECONDS = 2.0
 WITHDRAW_SECONDS = 3.0
 HAND_BACK_SECONDS = 5.0  # seconds for running steps and uploads after the drain time
+UNLOAD_HAND_BACK_SECONDS = (
+    120.0  # the same if the process continues, and so may wait for long steps
+)
 CLEANUP_SECONDS = 2.0  # seconds for deleting the files of unsuccessful jobs
 _PULL_SECONDS = 5.0
 _RETRY_SECONDS = 1.0
@@ -59,6 +62,16 @@ class Worker:
     def used_at(self) -> float:
         """Monotonic time when a job last needed the model."""
         return time.monotonic() if self._runs else self._used_at
+
+    @property
+    def is_unloading(self) -> bool:
+        """Returns whether `unload` was called."""
+        return self._unloading.is_set()
+
+    @property
+    def has_lost_device(self) -> bool:
+        """Returns whether only a new process can use the device."""
+        return self._deps.device_lost.is_set()
 
     def unload(self, drain_seconds: float) -> None:
         """Ends `run` as `stop` does, but its process may load the model again: it stays
@@ -101,7 +114,7 @@ class Worker:
             await self._withdraw(draining=bool(self._runs))
             may_drain = (stop.is_set() or self._unloading.is_set()) and not lost.is_set()
             async with background_task(self._announce_draining()):
-                await self._drain(self._drain_seconds if may_drain else 0.0)
+                await self._drain(self._drain_seconds if may_drain else 0.0, stop)
             await self._withdraw()
             await self._cleanup.finish(CLEANUP_SECONDS)
             for task in (cleaning, checking, sharing):
@@ -184,7 +197,7 @@ class Worker:
             self._used_at = time.monotonic()
             self._changed.set()
 
-    async def _drain(self, seconds: float) -> None:
+    async def _drain(self, seconds: float, stop: asyncio.Event) -> None:
         for run in list(self._runs.values()):
             run.hand_back_waiting()
         if self._runs:
@@ -194,6 +207,14 @@ class Worker:
             await self._emptied(seconds)
         for run in list(self._runs.values()):
             run.hand_back()
+        if self._unloading.is_set():
+            # A job that is cancelled within a long step would lose its state and an attempt.
+            await first_of(
+                self._emptied(UNLOAD_HAND_BACK_SECONDS),
+                stop.wait(),
+                self._restarting.wait(),
+                self._deps.device_lost.wait(),
+            )
         await self._emptied(HAND_BACK_SECONDS)
         # The upload or step hangs, so another worker runs the job again.
         for job_id, task in self._tasks.items():
