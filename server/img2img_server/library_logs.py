@@ -22,7 +22,7 @@ _MASKS: Final = (
     # The text of a bytes object, also one that was cut.
     (re.compile(r"""\bb'(?:[^'\\]|\\.)*(?:'|$)|\bb"(?:[^"\\]|\\.)*(?:"|$)""", re.DOTALL), "b'...'"),
     (re.compile(r"(?i)\b(bearer|basic|token)\s+[^\s'\",]+"), r"\1 ..."),
-    (re.compile(r"\bi2i_[^\s'\",]+"), "i2i_..."),
+    (re.compile(r"\b(i2[it]_)[^\s'\",]+"), r"\1..."),
     (
         re.compile(
             r"""(?i)(\b(?:authorization|x-api-key|key|password|secret)['"]?\s*[:=]\s*['"]?)"""

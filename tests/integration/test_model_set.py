@@ -236,7 +236,7 @@ async def test_an_operator_loads_a_model_in_place_of_one_with_jobs() -> None:
 async def test_an_operator_unloads_a_model_and_the_next_request_loads_it_again() -> None:
     bus, loader = memory_bus(), FakeLoader(THREE)
     async with catalogue_worker(bus, loader), running_api(bus) as api:
-        assert await command(api, "UnloadModel", "a", "w1") == ["w1"]
+        assert await command(api, "UnloadModel", "a", "w1/a") == ["w1"]
         await announced(bus, "a", ModelState.COLD)
         async with asyncio.timeout(10):
             while loader.loaded:  # noqa: ASYNC110 - it is announced before its memory is free

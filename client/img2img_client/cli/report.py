@@ -194,10 +194,9 @@ def _row(job: Job) -> dict[str, Text]:
 def show_capabilities(found: Capabilities) -> None:
     """Prints the models and the limits."""
     click.echo(f"server {found.server_version}")
-    table = _table(
-        *("model", "family", "workers", "device", "size", "steps", "strength", "guidance"),
-        "schedulers",
-    )
+    names = ("model", "family", "workers", "device", "size", "steps", "strength", "guidance")
+    table = _table(*names)
+    table.columns[0].no_wrap = True  # It is the value of --model.
     for model in found.models:
         table.add_row(
             model.name,
@@ -208,10 +207,13 @@ def show_capabilities(found: Capabilities) -> None:
             _steps(model),
             f"{model.default_strength:g}",
             f"{model.default_guidance_scale:g}",
-            ", ".join(model.schedulers),
         )
     _print(table)
-    click.echo()
+    for model in found.models:
+        click.echo(f"\nschedulers of {model.name}: {', '.join(model.schedulers)}")
+        if model.loras:
+            click.echo(f"LoRAs of {model.name}: {', '.join(model.loras)}")
+    click.echo("\nlimits of the service; those of a model can be lower")
     _print(_limits_table(found.limits))
 
 

@@ -133,10 +133,14 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         if not able:
             raise errors.NoCatalogueError(model)
         if worker:
-            able = [each for each in able if each.name == f"{worker}/{model}"]
-        if not able:
-            text = f"worker must name a worker with a catalogue that has the model {model!r}"
-            raise errors.InvalidRequestError([Violation("worker", Reason.NOT_SUPPORTED, text)])
+            # Jobs name the worker together with its model.
+            names = (worker, f"{worker}/{model}")
+            wanted = [each for each in able if each.name in names]
+            if not wanted:
+                served = ", ".join(sorted(each.name.removesuffix(f"/{model}") for each in able))
+                text = f"worker must be one of those with a catalogue that has {model!r}: {served}"
+                raise errors.InvalidRequestError([Violation("worker", Reason.NOT_SUPPORTED, text)])
+            able = wanted
         return able
 
     async def _command_models(self, workers: Sequence[WorkerInfo], *, loads: bool) -> None:
