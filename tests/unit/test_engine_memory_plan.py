@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from img2img_server.engine.memory import MemoryModel, NoProbe
+from img2img_server.engine.turns import DeviceTurns
 
 GIB = 2**30
 
@@ -75,6 +78,30 @@ def test_what_can_never_fit_lacks_its_need(device: Device) -> None:
 
     assert memory.shortfall(512, 512, 2) is None
     assert memory.shortfall(2048, 2048, 1) == 16 * GIB
+
+
+def test_a_job_waits_for_the_step_of_another_model_before_it_is_refused(device: Device) -> None:
+    turns = DeviceTurns()
+    memory = MemoryModel(device, turns=turns)
+    ran(memory, device, 512, 1, GIB)
+    with ThreadPoolExecutor(1) as thread:
+        with turns.turn():
+            device.free = 0
+            waiting = thread.submit(memory.lasting_shortfall, 512, 512, 1)
+            with pytest.raises(TimeoutError):
+                waiting.result(0.2)
+            device.free = 10 * GIB
+        assert waiting.result(30) is None
+    assert memory.lasting_shortfall(2048, 2048, 1) == 16 * GIB
+
+
+def test_no_job_is_refused_while_another_model_is_loaded(device: Device) -> None:
+    turns = DeviceTurns()
+    memory = MemoryModel(device, turns=turns)
+    ran(memory, device, 512, 1, GIB)
+    with turns.loading():
+        assert memory.lasting_shortfall(2048, 2048, 1) is None
+    assert memory.lasting_shortfall(2048, 2048, 1) == 16 * GIB
 
 
 def test_a_limit_is_held_where_more_is_free(device: Device) -> None:

@@ -9,13 +9,15 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
+from img2img_server.default_dtype import DEFAULT_DTYPE
 from img2img_server.domain.job import Determinism
 from img2img_server.domain.models import ModelInfo
 from img2img_server.engine.base import EngineJob, JobPlan, Sink
@@ -217,7 +219,7 @@ class DiffusionEngine:
         busy = DEVICE_BUSY_SECONDS.labels(self._spec.info.name)
         with torch.inference_mode():
             while self._make_calls():
-                with self._turns.turn():
+                with self._turn():
                     began = time.monotonic()
                     self._loop.run_batch()
                     seconds = time.monotonic() - began
@@ -228,6 +230,12 @@ class DiffusionEngine:
         while not self._calls.empty():  # copies that have failed since the last step
             if call := self._calls.get():
                 call()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Waits for a turn on the device in which no load of another model affects the results."""
+        with self._turns.turn(), DEFAULT_DTYPE.normal():
+            yield
 
     def _make_calls(self) -> bool:
         """Makes the queued calls; waits for one if no job runs. Returns False to stop."""
@@ -248,7 +256,7 @@ class DiffusionEngine:
 
     def _warm_up(self, height: int, width: int, done: Future[None]) -> None:
         try:
-            self._loop.warm_up(height, width, self._turns.turn)
+            self._loop.warm_up(height, width, self._turn)
         except Exception as error:
             done.set_exception(error)
         else:

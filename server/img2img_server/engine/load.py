@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 
+from img2img_server.default_dtype import DEFAULT_DTYPE
 from img2img_server.engine.device import device_and_dtype
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.local_model import find_model
@@ -138,4 +139,9 @@ def on_own_thread(work: Callable[[], T]) -> T:
     took a tenth longer and decodes a quarter.
     """
     with ThreadPoolExecutor(1, "engine-load") as thread:
-        return thread.submit(work).result()
+        return thread.submit(_with_default_dtype, work).result()
+
+
+def _with_default_dtype(work: Callable[[], T]) -> T:
+    with DEFAULT_DTYPE.restored():
+        return work()

@@ -120,6 +120,18 @@ class MemoryModel:
         need, usable = self.need(height, width, forwards), self._usable()
         return need if need is not None and usable is not None and need > usable else None
 
+    def lasting_shortfall(self, height: int, width: int, forwards: int) -> int | None:
+        """Returns the need of a batch that does not fit even while no other model runs a step or
+        is loaded; None otherwise. It may wait for a turn.
+        """
+        if self.shortfall(height, width, forwards) is None:
+            return None
+        loads = self._turns.loads
+        with self._turns.turn():  # A step of another model may have used the memory.
+            need = self.shortfall(height, width, forwards)
+        is_disturbed = loads[0] > 0 or loads != self._turns.loads
+        return None if is_disturbed else need
+
     def max_forwards(
         self, height: int, width: int, most: int, padded_batch_size: Callable[[int], int] = int
     ) -> int:

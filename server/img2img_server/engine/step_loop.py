@@ -396,7 +396,7 @@ def admit(
     adapters = adapters_of(job, denoiser)
     text = text_of(job, adapters)
     forwards = denoiser.forwards(text)
-    if need := memory.shortfall(job.height, job.width, forwards):
+    if need := memory.lasting_shortfall(job.height, job.width, forwards):
         raise OutOfMemoryError(job.width, job.height, need)
     schedule = denoiser.schedule(
         params.scheduler,

@@ -37,13 +37,16 @@ class ModelChecker(LazyChecker):
         )
         from transformers import CLIPImageProcessorPil
 
+        from img2img_server.default_dtype import DEFAULT_DTYPE
+
         hub_id = None if Path(self._source).is_dir() else HubId.parse(self._source)
         source, revision = self._source, "main"
         if hub_id is not None:
             source, revision = hub_id.repo, hub_id.revision or "main"
-        checker: Any = StableDiffusionSafetyChecker.from_pretrained(
-            source, subfolder="safety_checker", revision=revision
-        )
+        with DEFAULT_DTYPE.restored():
+            checker: Any = StableDiffusionSafetyChecker.from_pretrained(
+                source, subfolder="safety_checker", revision=revision
+            )
         checker.eval()
         prepare = CLIPImageProcessorPil.from_pretrained(
             source, subfolder="feature_extractor", revision=revision
@@ -56,7 +59,8 @@ class ModelChecker(LazyChecker):
             with one_at_a_time:
                 ready = prepare(images=Image.fromarray(pixels), return_tensors="pt").pixel_values
                 # The checker blanks its input images; only its flags are used.
-                _, flagged = checker(clip_input=ready, images=[np.zeros(1)])
+                with DEFAULT_DTYPE.normal():
+                    _, flagged = checker(clip_input=ready, images=[np.zeros(1)])
                 return float(bool(flagged[0]))
 
         return score

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from img2img_server.default_dtype import DEFAULT_DTYPE
 from img2img_server.domain.job import Determinism
 from img2img_server.domain.models import ModelKind
 from img2img_server.domain.strength import StrengthMode
@@ -367,7 +368,8 @@ class DiffusersDenoiser:
 
     @torch.inference_mode()
     def _encode_for_fit(self, images: Tensor) -> Tensor:
-        return self._codec.encode(images.to(self.device))[0].cpu()
+        with DEFAULT_DTYPE.normal():
+            return self._codec.encode(images.to(self.device))[0].cpu()
 
 
 def _pixels(images: Tensor) -> Tensor:

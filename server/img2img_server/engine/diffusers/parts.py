@@ -15,6 +15,7 @@ import diffusers
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from img2img_server.default_dtype import DEFAULT_DTYPE
 from img2img_server.domain.models import ModelKind
 from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.diffusers.families.base import UNUSED_PARTS, Family
@@ -262,7 +263,7 @@ def check_tokenizers(parts: Mapping[str, Any], place: str) -> None:
 def guarded(place: Path | str, call: Any, *arguments: Any, **options: Any) -> Any:
     """Calls a library, which raises errors of any class for damaged files."""
     try:
-        with _ONE_AT_A_TIME:
+        with _ONE_AT_A_TIME, DEFAULT_DTYPE.restored():
             return call(*arguments, **options)
     except Exception as error:
         _log.debug("part_not_loaded: %s", place, exc_info=error)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from img2img_server.default_dtype import DEFAULT_DTYPE
 from img2img_server.domain.strength import StrengthMode
 from img2img_server.engine.diffusers.families.base import Family
 from img2img_server.engine.diffusers.samplers import SAMPLERS
@@ -77,7 +78,8 @@ class Schedules:
             rule, share = self._family.strength_rule, 0.0
             run = rule.denoising_steps(strength, num_inference_steps)
         try:
-            return self._derive(name, num_inference_steps, run, share, tuple(arguments.items()))
+            with DEFAULT_DTYPE.normal():  # The tables of the schedulers have the default format.
+                return self._derive(name, num_inference_steps, run, share, tuple(arguments.items()))
         except (ValueError, IndexError) as error:  # diffusers raises errors of both types
             raise ValueError(
                 f"scheduler {name} cannot run {num_inference_steps} steps of this model"

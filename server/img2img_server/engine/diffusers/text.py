@@ -181,7 +181,9 @@ class TextEncoder:
     def _condition(
         self, text: TextInput, prompt: TextEmbedding, negative: TextEmbedding | None
     ) -> Conditioning:
-        scales = torch.tensor([text.guidance_scale, self._family.cfg_scale(text)])
+        scales = torch.tensor(
+            [text.guidance_scale, self._family.cfg_scale(text)], dtype=torch.float32
+        )
         guidance_scale, cfg_scale = to_device(scales, self._model.device)
         return Conditioning(
             prompt=prompt,
