@@ -70,6 +70,10 @@ class SleepingDenoiser:
         return "sleeping"
 
     @property
+    def embeddings_key(self) -> str:
+        return ""
+
+    @property
     def fixed_step_cost(self) -> int | None:
         return None if self._costs.batches_pay else 0
 

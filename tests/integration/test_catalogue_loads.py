@@ -13,13 +13,14 @@ import torch
 
 from img2img_server.engine.catalogue import CatalogueModel, read_catalogue
 from img2img_server.engine.engine import DiffusionEngine
+from img2img_server.engine.family import ModelError
 from img2img_server.engine.host_memory import host_memory
 from img2img_server.engine.memory import MemoryModel
 from img2img_server.engine.turns import DeviceTurns
 from img2img_server.errors import OperatorError
 from img2img_server.settings import Settings
 from img2img_server.worker.doctor import CatalogueReport, examine
-from img2img_server.worker.model_loader import EngineLoader, LoadedModel
+from img2img_server.worker.model_loader import EngineLoader, LoadedModel, NoRoomError
 from tests.tiny_models import write_sd, write_sdxl
 
 
@@ -97,6 +98,27 @@ async def test_a_budget_bounds_the_weights(folder: Path) -> None:
     loader, (small, large, _) = models(folder, models_memory_bytes=min(sizes))
     with pytest.raises(OperatorError, match="more than IMG2IMG_MODELS_MEMORY_BYTES"):
         await loader.find(large if sizes[1] > sizes[0] else small)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["host", "gpu", "cpu"],
+)
+async def test_a_load_without_enough_memory_is_no_broken_model(
+    folder: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ModelError("cannot load it") from error
+
+    monkeypatch.setattr("img2img_server.engine.load.load_engine", fail)
+    loader, (small, *_) = models(folder)
+    with pytest.raises(NoRoomError):
+        await loader.load(small)
 
 
 async def test_a_missing_model_is_reported_without_being_loaded(folder: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from img2img_server.engine import engine as engine_module
-from img2img_server.engine.base import EngineJob
+from img2img_server.engine.base import EngineJob, JobStopped, JobSuspended
+from img2img_server.engine.denoiser import Conditioning
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.load import load_engine
 from img2img_server.engine.options import EngineOptions, ModelOptions
@@ -235,6 +237,80 @@ def test_a_file_that_arrives_or_goes_while_the_engine_runs_takes_effect(
     assert difference(worn, expected) == 0
     assert difference(plain, again) == 0
     assert difference(plain, worn) > BOUND
+
+
+def test_a_file_that_is_overwritten_in_place_changes_nothing_until_it_is_read_again(
+    tmp_path: Path,
+) -> None:
+    model, apart = write_sd(tmp_path / "model"), tmp_path / "apart"
+    apart.mkdir()
+    wanted = request_of("a worn boat")
+    expected = image_of(load(model, apart, worn={"emb_params": vectors(2)}), wanted)
+    denoiser = load(model, tmp_path, worn={"emb_params": vectors(2)})
+    save_file({"emb_params": vectors(2, seed=2)}, apart / "other")
+    with (tmp_path / "worn.safetensors").open("r+b") as file:
+        file.write((apart / "other").read_bytes())
+
+    assert difference(image_of(denoiser, wanted), expected) == 0
+
+
+def test_a_file_that_is_too_large_is_refused_without_being_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = 2**26 // (4 * WIDTH)
+    end = rows * 4 * WIDTH
+    entry = {"dtype": "F32", "shape": [rows, WIDTH], "data_offsets": [0, end]}
+    header = json.dumps({"emb_params": entry}).encode()
+    with (tmp_path / "worn.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+
+    assert load(write_sd(tmp_path / "model"), tmp_path).embeddings == ()
+    assert f"it has {8 + len(header) + end} bytes, more than" in caplog.text
+
+
+class Interrupted(DiffusersDenoiser):
+    """The real denoiser, which calls a function before the third step."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.steps = 0
+        self.before_third: Callable[[], None] = lambda: None
+
+    def denoise(
+        self, latents: Sequence[Tensor], timesteps: Tensor, conditionings: Sequence[Conditioning]
+    ) -> Sequence[Tensor]:
+        self.steps += 1
+        if self.steps == 3:
+            self.before_third()
+        return super().denoise(latents, timesteps, conditionings)
+
+
+def test_a_job_whose_embedding_was_replaced_is_suspended_without_a_state(tmp_path: Path) -> None:
+    file = tmp_path / "worn.safetensors"
+    save_file({"emb_params": vectors(2)}, file)
+    options = ModelOptions(embeddings_dir=tmp_path)
+    model = str(write_sd(tmp_path / "model"))
+    denoiser = Interrupted.load(model, torch.device("cpu"), torch.float32, options)
+    wanted = request_of("a worn boat", num_inference_steps=6)
+
+    def suspended(change: Callable[[], None]) -> object:
+        def change_and_suspend() -> None:
+            change()
+            engine.suspend(wanted.job_id)
+
+        denoiser.steps, denoiser.before_third = 0, change_and_suspend
+        return run(engine, wanted)[-1]
+
+    def change() -> None:
+        save_file({"emb_params": vectors(2, seed=2)}, tmp_path / ".new")
+        (tmp_path / ".new").rename(file)
+        assert [denoiser.refresh_embeddings() for _ in range(2)] == [False, True]
+
+    with running(denoiser) as engine:
+        assert isinstance(suspended(lambda: None), JobSuspended)
+        assert isinstance(suspended(change), JobStopped)
+        assert isinstance(suspended(lambda: None), JobSuspended), "it is encoded with the new file"
 
 
 def test_a_family_without_embeddings_says_so(

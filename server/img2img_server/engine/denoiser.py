@@ -71,6 +71,7 @@ class Conditioning:
         guidance_scale: A tensor of one number.
         cfg_scale: The scale of classifier-free guidance, a tensor of one number.
         extras: Further inputs of the family, by name, with a batch dimension of 1.
+        embeddings: `Denoiser.embeddings_key` when the prompts were encoded.
     """
 
     prompt: TextEmbedding
@@ -79,6 +80,7 @@ class Conditioning:
     cfg_scale: Tensor
     adapters: tuple[Adapter, ...] = ()
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    embeddings: str = ""
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -131,6 +133,11 @@ class Denoiser(Protocol):
     @property
     def state_key(self) -> str:
         """Returns a key that denoisers share if they compute the same; see Engine.state_key."""
+        ...
+
+    @property
+    def embeddings_key(self) -> str:
+        """Returns a key of the embeddings that prompts may name now."""
         ...
 
     @property

@@ -113,7 +113,7 @@ class StepLoop:
                 if key := self._state_key(run):
                     event = suspended(run, key)
                 else:
-                    _log.warning("job_state_not_saved: job %d: a LoRA of it has changed", job_id)
+                    _log.warning("job_state_not_saved: job %d: its files have changed", job_id)
             except Exception:  # The device may be lost. Another worker starts the job again.
                 event = JobStopped()
                 _log.exception("job_state_not_saved: job %d", job_id)
@@ -219,10 +219,14 @@ class StepLoop:
             run.resume(run.job.state, samples)
 
     def _state_key(self, run: EngineJobState) -> str:
-        """Returns the key of the state of a job; empty if a file of its LoRAs has changed, so that
-        no engine with the present files computes the same steps.
+        """Returns the key of the state of a job; empty if a file of its LoRAs has changed, or one
+        of the embeddings since its prompt was encoded, so that no engine with the present files
+        computes the same steps.
         """
         key = self._denoiser.state_key  # Before the comparison: the files may change in between.
+        encoded = run.conditioning
+        if encoded is not None and encoded.embeddings != self._denoiser.embeddings_key:
+            return ""
         return key if adapters_of(run.job, self._denoiser) == run.adapters else ""
 
     def copy_failed(self, run: EngineJobState, error: Exception) -> None:

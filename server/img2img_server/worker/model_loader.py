@@ -165,14 +165,12 @@ class EngineLoader:
         return LoadedModel(engine, safety, size)
 
     def _load(self, model: CatalogueModel) -> tuple[Engine, int]:
-        import torch
-
         from img2img_server.engine.load import load_engine
 
         try:
             engine = load_engine(EngineOptions.of(model.settings), self._turns)
         except Exception as error:
-            if _lacks_memory(error, torch.OutOfMemoryError):
+            if _lacks_memory(error):
                 raise NoRoomError(str(error)) from None
             raise
         try:
@@ -222,10 +220,12 @@ class EngineLoader:
         return None if free is None else (free, torch.cuda.mem_get_info(self._device)[1])
 
 
-def _lacks_memory(error: BaseException | None, kind: type[Exception]) -> bool:
-    """Returns whether an error, or one of its causes, is the lack of memory on the device."""
+def _lacks_memory(error: BaseException | None) -> bool:
+    """Returns whether an error, or one of its causes, is the lack of memory."""
+    from img2img_server.engine.isolation import is_out_of_memory  # Importing torch takes seconds.
+
     while error is not None:
-        if isinstance(error, kind | MemoryError):
+        if isinstance(error, Exception) and is_out_of_memory(error):
             return True
         error = error.__cause__ or error.__context__
     return False

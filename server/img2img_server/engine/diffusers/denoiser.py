@@ -181,6 +181,10 @@ class DiffusersDenoiser:
         files = self._loras.fingerprint + self._embeddings.fingerprint
         return hashlib.sha256((self._state_key + files).encode()).hexdigest()
 
+    @property
+    def embeddings_key(self) -> str:
+        return self._embeddings.fingerprint
+
     def _key(self, options: ModelOptions) -> str:
         """Returns a hash of all that the arithmetic of a step depends on."""
         pipeline = self._model.pipeline
@@ -311,7 +315,11 @@ class DiffusersDenoiser:
             encoded = self._text.encode(own, [self.forwards(text) for text in own])
             found |= zip(indices, encoded, strict=True)
         return [
-            replace(found[index], adapters=self._denoiser_loras.effective(text.adapters))
+            replace(
+                found[index],
+                adapters=self._denoiser_loras.effective(text.adapters),
+                embeddings=self._embeddings.applied_fingerprint,
+            )
             for index, text in enumerate(texts)
         ]
 

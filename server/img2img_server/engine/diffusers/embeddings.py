@@ -16,11 +16,11 @@ from typing import Any, Final
 
 import torch
 from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from img2img_server.engine.diffusers.families.base import Family, LoadedModel
-from img2img_server.engine.diffusers.watched_folder import WatchedFolder
+from img2img_server.engine.diffusers.watched_folder import WatchedFolder, fingerprint_of
 from img2img_server.engine.family import ModelAccessError, ModelError
 from img2img_server.engine.tensor_names import first_names
 from img2img_server.engine.weight_files import read_header
@@ -32,6 +32,8 @@ _ENCODERS: Final[Mapping[str, str | None]] = {
     "clip_l": "text_encoder",
     "clip_g": "text_encoder_2",
 }
+
+_MAX_BYTES: Final = 2**26  # 75 vectors of two encoders need about a megabyte.
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +61,14 @@ class Embedding:
         return (self.token, *(f"{self.token}_{place}" for place in range(1, count)))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Offered:
+    """Embeddings by their tokens, and the fingerprint of their files."""
+
+    embeddings: Mapping[str, Embedding]
+    fingerprint: str
+
+
 class EmbeddingSet:
     """The embeddings that prompts may name.
 
@@ -78,19 +88,25 @@ class EmbeddingSet:
             )
             folder = None
         self._files = WatchedFolder("embedding", folder, self._read)
-        self._offered: Mapping[str, Embedding] = {}
-        self._applied: Mapping[str, Embedding] = {}
+        self._offered = self._applied = _Offered({}, "")
         self._choose()
 
     @property
     def tokens(self) -> tuple[str, ...]:
         """The tokens that prompts may have."""
-        return tuple(self._offered)
+        return tuple(self._offered.embeddings)
 
     @property
     def fingerprint(self) -> str:
         """Returns a hash of the names and files of all embeddings."""
-        return self._files.fingerprint
+        return self._offered.fingerprint
+
+    @property
+    def applied_fingerprint(self) -> str:
+        """Returns the fingerprint of the embeddings with which prompts are encoded, since the last
+        call of `apply`.
+        """
+        return self._applied.fingerprint
 
     def refresh(self) -> bool:
         """Reads the folder again; any thread may call it. Returns whether anything has changed."""
@@ -107,7 +123,7 @@ class EmbeddingSet:
         if offered is self._applied:
             return False
         for name, encoder in self._encoders.items():
-            encoder.offer(self._pipeline, name, offered.values())
+            encoder.offer(self._pipeline, name, offered.embeddings.values())
         self._applied = offered
         return True
 
@@ -115,7 +131,8 @@ class EmbeddingSet:
         """Offers the files, each token once."""
         found: dict[str, Embedding] = {}
         owners: dict[str, str] = {}
-        for name, seen in self._files.seen.items():
+        files = self._files.seen
+        for name, seen in files.items():
             assert seen.content is not None
             # The name after the last vector would be read as one more vector.
             names = (*seen.content.tokens, f"{seen.content.token}_{len(seen.content.tokens)}")
@@ -128,7 +145,7 @@ class EmbeddingSet:
                 continue
             owners |= dict.fromkeys(names, name)
             found[seen.content.token] = seen.content
-        self._offered = found
+        self._offered = _Offered(found, fingerprint_of(files))
 
     def _read(self, file: Path) -> Embedding | None:
         """Returns the content of a file; None if it does not fit, after it was logged."""
@@ -149,7 +166,6 @@ class EmbeddingSet:
             names = list(read_header(file))
         except ModelAccessError as error:
             raise OSError(str(error)) from error
-        tensors = load_file(file)
         vectors: dict[str, Tensor] = {}
         if set(names) <= _ENCODERS.keys():
             token = file.stem
@@ -159,7 +175,10 @@ class EmbeddingSet:
             raise EmbeddingError(
                 f"it is no textual inversion embedding, by its tensors {first_names(names)}"
             )
-        for key, tensor in tensors.items():
+        if (size := file.stat().st_size) > _MAX_BYTES:
+            raise EmbeddingError(f"it has {size} bytes, more than the {_MAX_BYTES} that are read")
+        # Tensors that are mapped from the file would change with it.
+        for key, tensor in load(file.read_bytes()).items():
             name = _ENCODERS.get(key) or self._encoder_of(tensor)
             if name not in self._encoders:
                 raise EmbeddingError(f"{key} is for {name}, which the model does not have")

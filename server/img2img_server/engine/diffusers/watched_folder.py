@@ -75,8 +75,7 @@ class WatchedFolder(Generic[Content]):
     @property
     def fingerprint(self) -> str:
         """Returns a hash of the names and bytes of these files."""
-        parts = [name.encode() + seen.digest for name, seen in sorted(self.seen.items())]
-        return hashlib.sha256(b"".join(parts)).hexdigest()
+        return fingerprint_of(self.seen)
 
     def refresh(self) -> bool:
         """Reads new and changed files and drops deleted ones; any thread may call it. A file is
@@ -142,6 +141,12 @@ class WatchedFolder(Generic[Content]):
             else:
                 found[file.stem] = file
         return list(found.values())
+
+
+def fingerprint_of(files: Mapping[str, Seen[Content]]) -> str:
+    """Returns a hash of the names and bytes of files that were read."""
+    parts = [name.encode() + seen.digest for name, seen in sorted(files.items())]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def _version(file: Path) -> tuple[int, ...]:
