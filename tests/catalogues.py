@@ -90,6 +90,12 @@ class FakeLoader:
     async def reclaim(self) -> None:
         gc.collect()
 
+    async def measure(self) -> None:
+        """Does nothing: the bytes are always known."""
+
+    def is_full(self, used: int) -> bool:
+        return bool(self.budget) and used > self.budget
+
     def has_room(self, size: int, freed: int, used: int) -> bool:
         return not self.budget or used - freed + size <= self.budget
 

@@ -99,4 +99,6 @@ class Demand:
 def _may_be_loaded(slot: ModelSlot, now: float) -> bool:
     if slot.state is ModelState.COLD:
         return slot.is_found
-    return slot.state is ModelState.FAILED and now - slot.failed_at >= RETRY_SECONDS
+    if slot.state is not ModelState.FAILED or slot.is_searched:
+        return False
+    return now - slot.failed_at >= RETRY_SECONDS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
@@ -21,6 +22,8 @@ from img2img_server.safety.base import SafetyChecker
 from img2img_server.settings import Settings
 
 FREE_SHARE: Final = 5  # this part of the memory remains free without a budget: a fifth
+LEAST_SHARE: Final = 20  # A twentieth must remain free even if models with jobs are unloaded.
+DOWNLOADS: Final = 8  # most models that are downloaded at a time
 STOP_SECONDS: Final = 10.0  # longest wait for the threads of an engine when the process ends
 # The same before another model is loaded: the weights are in memory until the step ends.
 UNLOAD_SECONDS: Final = 120.0
@@ -97,6 +100,14 @@ class ModelLoader(Protocol):
         """
         ...
 
+    async def measure(self) -> None:
+        """Measures the memory for `has_room` and `is_full`, between the steps of the engines."""
+        ...
+
+    def is_full(self, used: int) -> bool:
+        """Returns whether even a model with jobs must be unloaded."""
+        ...
+
 
 class EngineLoader:
     """The ModelLoader of the service: all models run on one device, which they use in turns."""
@@ -109,6 +120,9 @@ class EngineLoader:
         self._device, _ = device_and_dtype(settings.device, settings.dtype)
         self._budget = settings.models_memory_bytes
         self._turns = DeviceTurns()
+        self._measured: tuple[int, int] | None = None
+        # A download takes hours, for which it must not take a thread of the other tasks.
+        self._downloaders = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="download-model")
         self._shared: SafetyChecker | None = None
         if settings.safety_checker != "model":
             self._shared = safety_checker(settings, "")
@@ -119,7 +133,11 @@ class EngineLoader:
             await self._shared.warm_up()
 
     async def find(self, model: CatalogueModel) -> FoundModel:
-        return await asyncio.to_thread(self._find, model)
+        is_local = await asyncio.to_thread(_is_local, model.settings.model)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            None if is_local else self._downloaders, self._find, model
+        )
 
     def _find(self, model: CatalogueModel) -> FoundModel:
         # Importing diffusers takes seconds.
@@ -201,11 +219,25 @@ class EngineLoader:
     def has_room(self, size: int, freed: int, used: int) -> bool:
         if self._budget:
             return used - freed + size <= self._budget
-        memory = self._memory()
+        memory = self._measured or self._memory()
         if memory is None:
             return True
         free, total = memory
         return free + freed - size >= total / FREE_SHARE
+
+    def is_full(self, used: int) -> bool:
+        if self._budget:
+            return used > self._budget
+        memory = self._measured or self._memory()
+        return memory is not None and memory[0] < memory[1] / LEAST_SHARE
+
+    async def measure(self) -> None:
+        if not self._budget:
+            await asyncio.to_thread(self._measure)
+
+    def _measure(self) -> None:
+        with self._turns.turn():  # The intermediate results of a step are not there then.
+            self._measured = self._memory()
 
     def _memory(self) -> tuple[int, int] | None:
         """Returns the free bytes and all bytes of the device; None where they are not known."""
@@ -229,6 +261,11 @@ def _lacks_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _is_local(source: str) -> bool:
+    """Returns whether a model is a file or folder of this machine. Empty: the packaged one."""
+    return not source or Path(source).exists()
 
 
 def _lora_names(folder: Path | None) -> tuple[str, ...]:

@@ -25,7 +25,6 @@ from img2img_server.errors import OperatorError
 from img2img_server.interfaces.queue import Control, JobQueue, ModelCommand, WorkerCommand
 from img2img_server.interfaces.records import WorkerRegistry
 from img2img_server.lifecycle import RestartError, first_of
-from img2img_server.tasks import background_task
 from img2img_server.telemetry import (
     MODEL_LOAD_FAILURES,
     MODEL_LOADED,
@@ -44,6 +43,8 @@ from img2img_server.worker.model_plan import Swap, WantedModel, choose_swap
 from img2img_server.worker.model_slot import ModelSlot
 from img2img_server.worker.worker import ANNOUNCE_SECONDS, WITHDRAW_SECONDS, Worker
 
+# A worker that starts waits so long for a model before it loads a later one of the catalogue.
+FIRST_SECONDS: Final = 5.0
 LOOK_SECONDS: Final = 0.5  # seconds between two looks at the jobs of models that are not loaded
 IDLE_SECONDS: Final = 1.0  # A model without jobs for this time is idle.
 # An announcement reaches the other workers within this time, so that only one of them loads a
@@ -91,7 +92,7 @@ class ModelSet:
         self._swap_seconds = swap_seconds
         self._drain_seconds = drain_seconds
         self._look_seconds = look_seconds
-        self._commands: asyncio.Queue[ModelCommand] = asyncio.Queue()
+        self._commands: asyncio.Queue[ModelCommand | None] = asyncio.Queue()
         self._restarting = asyncio.Event()
         self._worker_ended = asyncio.Event()
 
@@ -127,48 +128,70 @@ class ModelSet:
             raise RestartError("an operator requested a restart")
 
     async def _serve(self, ready: Callable[[], None] | None) -> None:
-        first, *others = self._slots
-        await self._find(first)
-        if first.is_found:
-            await self._load(first)
-        if first.state is ModelState.LOADED and ready:
-            ready()
-            ready = None
-        async with background_task(self._find_all(others)) as finding:
-            if ready:  # The first model failed, so that another one must be there.
-                await finding
-                if all(slot.state is ModelState.FAILED for slot in self._slots):
-                    reasons = [f"model {slot.name}: {slot.failure}" for slot in self._slots]
-                    raise OperatorError("\n  ".join(["no model can be served:", *reasons]))
-                ready()
-            while True:
-                if command := await self._next_command():
-                    await self._execute(command)
-                    continue
-                wanted: list[WantedModel] = []
-                with suppress(errors.UnavailableError):  # NATS is down; jobs wait.
-                    wanted = await self._demand.wanted()
-                if wanted and (swap := await self._chosen(wanted, self._swap_seconds)):
-                    await self._swap(swap)
+        for slot in self._slots:
+            self._start_finding(slot)
+        is_starting = True
+        while True:
+            if is_starting and (first := self._first()):
+                await self._load(first)
+            if is_starting and self._in(ModelState.LOADED):
+                is_starting = False
+                if ready:
+                    ready()
+            if is_starting and self._has_failed():
+                reasons = [f"model {slot.name}: {slot.failure}" for slot in self._slots]
+                raise OperatorError("\n  ".join(["no model can be served:", *reasons]))
+            if command := await self._next_command():
+                await self._execute(command)
+                continue
+            wanted: list[WantedModel] = []
+            with suppress(errors.UnavailableError):  # NATS is down; jobs wait.
+                wanted = await self._demand.wanted()
+            if wanted and (swap := await self._chosen(wanted, self._swap_seconds)):
+                await self._swap(swap)
 
-    async def _find_all(self, slots: Sequence[ModelSlot]) -> None:
-        for slot in slots:
-            await self._find(slot)
+    def _has_failed(self) -> bool:
+        """Returns whether no model can be served."""
+        failed = self._in(ModelState.FAILED)
+        return len(failed) == len(self._slots) and not any(slot.is_searched for slot in failed)
+
+    def _first(self) -> ModelSlot | None:
+        """Returns the model to load when the worker starts: the first one of the catalogue whose
+        files are there. Earlier ones whose files are still searched get a few seconds.
+        """
+        found = [slot for slot in self._slots if slot.is_found and slot.state is ModelState.COLD]
+        if not found:
+            return None
+        is_due = time.monotonic() - min(slot.found_at for slot in found) >= FIRST_SECONDS
+        earlier = self._slots[: found[0].rank]
+        return found[0] if is_due or not any(slot.is_searched for slot in earlier) else None
+
+    def _start_finding(self, slot: ModelSlot, then: ModelCommand | None = None) -> None:
+        """Finds the files of a model in the background, as a download may take hours. Executes
+        the command once they are found.
+        """
+        slot.command = then or slot.command
+        if not slot.is_searched:
+            slot.finding = asyncio.create_task(self._find(slot))
 
     async def _find(self, slot: ModelSlot) -> None:
         """Finds the files of a model and announces it, or the reason why it cannot be served."""
+        command: ModelCommand | None = None
         try:
             found = await self._loader.find(slot.model)
+            slot.info, slot.size = found.info, found.size
+            slot.is_found, slot.found_at, slot.state = True, time.monotonic(), ModelState.COLD
+            command = slot.command
+            with suppress(errors.UnavailableError):
+                if known := await self._registry.model(slot.name):
+                    slot.throughput.pixel_step_seconds = known.pixel_step_seconds
+            log.info("model_found", model=slot.name, bytes=slot.size)
+            await self._announce_slot(slot)
         except Exception as error:  # the libraries raise errors of many classes
             await self._fail(slot, error)
-            return
-        slot.info, slot.size, slot.is_found = found.info, found.size, True
-        with suppress(errors.UnavailableError):
-            if known := await self._registry.model(slot.name):
-                seconds = known.pixel_step_seconds
-                slot.throughput.pixel_step_seconds = seconds
-        log.info("model_found", model=slot.name, bytes=slot.size)
-        await self._announce_slot(slot)
+        finally:
+            slot.command = None
+            self._commands.put_nowait(command)  # The worker may have waited for this model.
 
     async def _fail(self, slot: ModelSlot, error: Exception) -> None:
         slot.state, slot.failed_at = ModelState.FAILED, time.monotonic()
@@ -188,6 +211,7 @@ class ModelSet:
 
     async def _chosen(self, wanted: Sequence[WantedModel], swap_seconds: float) -> Swap | None:
         """Returns what to load; None if nothing, or if NATS is down: jobs wait."""
+        await self._loader.measure()
         used = sum(slot.size for slot in self._in(ModelState.LOADED))
         with suppress(errors.UnavailableError):
             return choose_swap(
@@ -207,9 +231,8 @@ class ModelSet:
     async def _swap(self, swap: Swap) -> None:
         """Unloads and loads models, unless another worker loads the same one just now."""
         slot = self._slot(swap.load)
-        if not slot.is_found:  # It is loaded after the next look, when its size is known.
-            slot.state = ModelState.COLD
-            await self._find(slot)
+        if not slot.is_found:  # It is loaded after a later look, when its size is known.
+            self._start_finding(slot)
             return
         before, slot.state = slot.state, ModelState.LOADING
         await self._announce_slot(slot)
@@ -278,11 +301,22 @@ class ModelSet:
 
     async def _free_memory(self, slot: ModelSlot) -> None:
         """Unloads other models if the new one needs more memory than its files showed."""
+        await self._loader.measure()
         while others := [each for each in self._in(ModelState.LOADED) if each is not slot]:
             used = sum(each.size for each in others) + slot.size
             if self._loader.has_room(0, 0, used):
                 return
-            await self._unload_oldest(others, slot)
+            idle = await self._idle(others)
+            if not idle and not self._loader.is_full(used):
+                return
+            await self._unload_oldest(idle or others, slot)
+
+    async def _idle(self, slots: Sequence[ModelSlot]) -> list[ModelSlot]:
+        """Returns the models without jobs; none while NATS is down."""
+        with suppress(errors.UnavailableError):
+            idle = {each.name for each in await self._demand.loaded() if not each.is_busy}
+            return [slot for slot in slots if slot.name in idle]
+        return []
 
     async def _unload_oldest(self, others: Sequence[ModelSlot], slot: ModelSlot) -> None:
         oldest = min(others, key=lambda it: it.worker.used_at if it.worker else 0.0)
@@ -326,6 +360,7 @@ class ModelSet:
         await self._loader.unload(loaded, UNLOAD_SECONDS)
         del loaded
         await self._loader.reclaim()
+        await self._loader.measure()
         MODEL_LOADED.labels(slot.name).set(0)
         MODEL_WEIGHTS_BYTES.labels(slot.name).set(0)
         log.info("model_unloaded", model=slot.name)
@@ -335,6 +370,10 @@ class ModelSet:
         """Ends the workers of the loaded models, withdraws the announcements of the others, and
         raises the error of a worker that failed.
         """
+        finding = [slot.finding for slot in self._slots if slot.finding]
+        for task in finding:
+            task.cancel()
+        await asyncio.gather(*finding, return_exceptions=True)
         running = [slot.running for slot in self._slots if slot.running]
         if self._restarting.is_set() and running:  # They got the command, too.
             await asyncio.wait(running, timeout=RESTART_SECONDS)
@@ -365,7 +404,9 @@ class ModelSet:
         self._commands.put_nowait(command)
 
     async def _next_command(self) -> ModelCommand | None:
-        """Waits for a command until it is time to look at the jobs; then returns None."""
+        """Waits for a command until it is time to look at the jobs; then returns None, as after a
+        model was found.
+        """
         with suppress(TimeoutError):
             async with asyncio.timeout(self._look_seconds):
                 return await self._commands.get()
@@ -378,12 +419,14 @@ class ModelSet:
                 continue
             log.info("model_command_received", model=slot.name, loads=command.loads)
             if command.loads and slot.state in (ModelState.COLD, ModelState.FAILED):
-                if not slot.is_found:
-                    await self._find(slot)
                 if slot.is_found:
                     await self._load_now(slot)
-            elif not command.loads and slot.state is ModelState.LOADED:
-                await self._unload(slot)
+                else:
+                    self._start_finding(slot, command)
+            elif not command.loads:
+                slot.command = None
+                if slot.state is ModelState.LOADED:
+                    await self._unload(slot)
 
     async def _load_now(self, slot: ModelSlot) -> None:
         """Loads a model, in place of models with jobs if there is no other room."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from img2img_server.domain.models import ModelInfo, ModelState, WorkerInfo
 from img2img_server.engine.catalogue import CatalogueModel
+from img2img_server.interfaces.queue import ModelCommand
 from img2img_server.worker.deps import Throughput
 from img2img_server.worker.model_loader import LoadedModel
 from img2img_server.worker.worker import Worker
@@ -22,6 +23,9 @@ class ModelSlot:
     info: ModelInfo = field(init=False)
     state: ModelState = ModelState.COLD
     is_found: bool = False
+    found_at: float = 0.0
+    finding: asyncio.Task[None] | None = None  # finds its files
+    command: ModelCommand | None = None  # to execute once its files are found
     size: int = 0
     failure: str = ""
     failed_at: float = 0.0
@@ -42,6 +46,11 @@ class ModelSlot:
 
     def __post_init__(self) -> None:
         self.info = _unknown(self.model.name)
+
+    @property
+    def is_searched(self) -> bool:
+        """Returns whether its files are searched or downloaded now."""
+        return self.finding is not None and not self.finding.done()
 
     @property
     def announced_name(self) -> str:
