@@ -24,9 +24,9 @@ class Registry(MemoryWorkerRegistry):
         self.may_answer = asyncio.Event()
         self.may_answer.set()
 
-    async def workers(self) -> list[WorkerInfo]:
+    async def announced(self) -> list[WorkerInfo]:
         self.asked += 1
-        found = await super().workers()
+        found = await super().announced()
         await self.may_answer.wait()
         if self.away:
             raise UnavailableError
@@ -87,6 +87,21 @@ async def test_a_steady_caller_does_not_wait_and_gets_news_the_next_time(
     await settled()
     assert await cached.workers() == [ONE, TWO]
     assert registry.asked == 2, "two callers, one question"
+
+
+async def test_no_view_lists_a_worker_that_another_one_no_longer_has(
+    cached: CachedWorkerRegistry, registry: Registry, clock: Clock
+) -> None:
+    await registry.announce(TWO)
+    await cached.workers()
+    await registry.withdraw("one")
+    clock.now += 1.1
+    for _ in range(2):  # The first result is an old one, the second is fresh.
+        announced, serving = await cached.announced(), await cached.workers()
+        assert announced == serving
+        assert {worker.name for worker in serving} == await cached.names()
+        await settled()
+    assert serving == [TWO]
 
 
 async def test_what_is_too_old_is_waited_for(

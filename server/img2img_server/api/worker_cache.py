@@ -49,13 +49,18 @@ class CachedWorkerRegistry:
         await self._registry.withdraw(name)
 
     async def workers(self) -> list[WorkerInfo]:
-        return await self._remembered("workers", self._registry.workers)
+        # All views are of one result: another one may still list a worker that has left.
+        serving = [worker for worker in await self.announced() if worker.serves]
+        if not serving:
+            found = await self._read("announced", self._registry.announced)
+            serving = [worker for worker in found if worker.serves]
+        return serving
 
     async def announced(self) -> list[WorkerInfo]:
         return await self._remembered("announced", self._registry.announced)
 
     async def names(self) -> set[str]:
-        return await self._remembered("names", self._registry.names)
+        return {worker.name for worker in await self.announced()}
 
     async def models(self) -> list[ModelInfo]:
         return await self._remembered("models", self._registry.models)
