@@ -92,7 +92,7 @@ async def test_a_missing_bucket_is_created_with_its_rules(s3: FakeS3) -> None:
     async with connect_blobs(Settings(**s3.settings())) as blobs:
         await blobs.prepare()
     assert s3.buckets == {"img2img"}
-    assert sorted(s3.prefixes()) == ["generations/", "temp/"]
+    assert sorted(s3.prefixes()) == ["generations/", "temp/", "uploads/"]
     assert s3.files == {}
 
 
