@@ -36,6 +36,18 @@ def trusted_fault(content: bytes) -> str:
     return ""
 
 
+def read_trusted(settings: Settings, name: str) -> bytes:
+    """Returns the trusted certificates in the file that a setting names.
+
+    Raises:
+        SettingsError: the file cannot be read or has no certificate.
+    """
+    content = settings.read_file(name)
+    if fault := trusted_fault(content):  # gRPC would take any content.
+        raise SettingsError(f"{variable(name)}: {getattr(settings, name)} {fault}")
+    return content
+
+
 def refused_certificate(error: ssl.SSLCertVerificationError, ca_setting: str) -> str:
     """Returns the fault of a server's certificate, as the end of a sentence.
 

@@ -137,7 +137,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
             names = (worker, f"{worker}/{model}")
             wanted = [each for each in able if each.name in names]
             if not wanted:
-                served = ", ".join(sorted(each.name.removesuffix(f"/{model}") for each in able))
+                served = ", ".join(sorted(_processes(able)))
                 text = f"worker must be one of those with a catalogue that has {model!r}: {served}"
                 raise errors.InvalidRequestError([Violation("worker", Reason.NOT_SUPPORTED, text)])
             able = wanted

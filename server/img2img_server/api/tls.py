@@ -5,9 +5,9 @@ from __future__ import annotations
 import grpc
 import structlog
 
-from img2img_server.certificates import read_pair, trusted_fault, validity_fault
+from img2img_server.certificates import read_pair, read_trusted, validity_fault
 from img2img_server.reloaded_files import ReloadedFiles
-from img2img_server.settings import Settings, SettingsError, variable
+from img2img_server.settings import Settings
 
 _CLIENTS = "tls_client_ca_file"
 
@@ -37,11 +37,7 @@ def server_credentials(settings: Settings) -> grpc.ServerCredentials:
 
 def _read(settings: Settings) -> grpc.ServerCertificateConfiguration:
     pair = read_pair(settings, "tls_cert_file", "tls_key_file")
-    authorities = None
-    if settings.tls_client_ca_file:
-        authorities = settings.read_file(_CLIENTS)
-        if fault := trusted_fault(authorities):
-            raise SettingsError(f"{variable(_CLIENTS)}: {settings.tls_client_ca_file} {fault}")
+    authorities = read_trusted(settings, _CLIENTS) if settings.tls_client_ca_file else None
     if fault := validity_fault(pair[1]):
         log.warning(
             "tls_certificate_not_valid",

@@ -9,9 +9,9 @@ from typing import Any, Final, Self
 
 import grpc
 
-from img2img_server.certificates import read_pair, trusted_fault
+from img2img_server.certificates import read_pair, read_trusted
 from img2img_server.reloaded_files import ReloadedFiles
-from img2img_server.settings import Settings, SettingsError, variable
+from img2img_server.settings import Settings
 
 SERVICE: Final = "img2img.v1.Img2ImgService"
 _CLOSE_SECONDS: Final = 600.0  # how long the calls of a replaced channel may take to end
@@ -70,9 +70,7 @@ _TLS_FILES: Final = ("api_ca_file", "api_cert_file", "api_key_file")
 
 
 def _credentials(settings: Settings) -> grpc.ChannelCredentials:
-    authority = settings.read_file("api_ca_file")
-    if fault := trusted_fault(authority):  # gRPC would take any content.
-        raise SettingsError(f"{variable('api_ca_file')}: {settings.api_ca_file} {fault}")
+    authority = read_trusted(settings, "api_ca_file")
     if settings.api_cert_file is None:
         return grpc.ssl_channel_credentials(authority)
     key, certificate = read_pair(settings, "api_cert_file", "api_key_file")
