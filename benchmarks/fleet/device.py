@@ -15,6 +15,7 @@ from img2img_server.engine.denoiser import (
     Adapter,
     Conditioning,
     DeviceImage,
+    Embeddings,
     ImageLatents,
     TextEmbedding,
     TextInput,
@@ -70,8 +71,8 @@ class SleepingDenoiser:
         return "sleeping"
 
     @property
-    def embeddings_key(self) -> str:
-        return ""
+    def current_embeddings(self) -> Embeddings:
+        return Embeddings()
 
     @property
     def fixed_step_cost(self) -> int | None:

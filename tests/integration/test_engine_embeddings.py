@@ -7,6 +7,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from img2img_server.engine import engine as engine_module
 from img2img_server.engine.base import EngineJob, JobStopped, JobSuspended
-from img2img_server.engine.denoiser import Conditioning
+from img2img_server.engine.denoiser import Conditioning, TextInput
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.load import load_engine
 from img2img_server.engine.options import EngineOptions, ModelOptions
@@ -270,12 +271,20 @@ def test_a_file_that_is_too_large_is_refused_without_being_read(
 
 
 class Interrupted(DiffusersDenoiser):
-    """The real denoiser, which calls a function before the third step."""
+    """The real denoiser, which calls a function before the third step, and one before it encodes
+    prompts the next time.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.steps = 0
         self.before_third: Callable[[], None] = lambda: None
+        self.before_encode: Callable[[], None] = lambda: None
+
+    def encode_texts(self, texts: Sequence[TextInput]) -> list[Conditioning]:
+        before, self.before_encode = self.before_encode, lambda: None
+        before()
+        return super().encode_texts(texts)
 
     def denoise(
         self, latents: Sequence[Tensor], timesteps: Tensor, conditionings: Sequence[Conditioning]
@@ -311,6 +320,39 @@ def test_a_job_whose_embedding_was_replaced_is_suspended_without_a_state(tmp_pat
         assert isinstance(suspended(lambda: None), JobSuspended)
         assert isinstance(suspended(change), JobStopped)
         assert isinstance(suspended(lambda: None), JobSuspended), "it is encoded with the new file"
+
+
+@pytest.mark.parametrize("continues", [True, False], ids=["continued", "new"])
+def test_a_job_keeps_the_embedding_that_was_there_when_it_began(
+    continues: bool, tmp_path: Path
+) -> None:
+    """The file is replaced after the engine has begun with the job and before its first encode."""
+    file = tmp_path / "worn.safetensors"
+    save_file({"emb_params": vectors(2)}, file)
+    options = ModelOptions(embeddings_dir=tmp_path)
+    model = str(write_sd(tmp_path / "model"))
+    denoiser = Interrupted.load(model, torch.device("cpu"), torch.float32, options)
+    wanted = request_of("a worn boat", num_inference_steps=6)
+    expected = image_of(denoiser, wanted)
+    state = None
+    if continues:
+        with running(denoiser) as engine:
+            denoiser.steps, denoiser.before_third = 0, lambda: engine.suspend(wanted.job_id)
+            suspended = run(engine, wanted)[-1]
+        assert isinstance(suspended, JobSuspended)
+        state = suspended.state
+
+    def change() -> None:
+        save_file({"emb_params": vectors(2, seed=2)}, tmp_path / ".new")
+        (tmp_path / ".new").rename(file)
+        assert [denoiser.refresh_embeddings() for _ in range(2)] == [False, True]
+
+    denoiser.before_third, denoiser.before_encode = lambda: None, change
+    with running(denoiser) as engine:
+        (image,) = images(run(engine, replace(wanted, state=state)))
+        assert difference(image, expected) == 0
+        (image,) = images(run(engine, wanted))
+    assert difference(image, expected) > BOUND, "the next job has the new file"
 
 
 def test_a_family_without_embeddings_says_so(

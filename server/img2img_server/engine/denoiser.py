@@ -34,9 +34,25 @@ class Adapter:
     content: Hashable = None
 
 
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """The textual inversion embeddings that prompts may name at one moment.
+
+    Attributes:
+        key: Equal for equal files.
+    """
+
+    key: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextInput:
-    """The text input of one job."""
+    """The text input of one job.
+
+    Attributes:
+        embeddings: `Denoiser.current_embeddings` when the job began, so that a file that is
+            replaced or deleted does not change it; None: those of the present files.
+    """
 
     prompt: str
     negative_prompt: str
@@ -47,6 +63,7 @@ class TextInput:
     prompt_weights: bool = False
     clip_skip: int = 0
     adapters: tuple[Adapter, ...] = ()
+    embeddings: Embeddings | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,7 +88,6 @@ class Conditioning:
         guidance_scale: A tensor of one number.
         cfg_scale: The scale of classifier-free guidance, a tensor of one number.
         extras: Further inputs of the family, by name, with a batch dimension of 1.
-        embeddings: `Denoiser.embeddings_key` when the prompts were encoded.
     """
 
     prompt: TextEmbedding
@@ -80,7 +96,6 @@ class Conditioning:
     cfg_scale: Tensor
     adapters: tuple[Adapter, ...] = ()
     extras: Mapping[str, Tensor] = field(default_factory=dict)
-    embeddings: str = ""
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -136,8 +151,8 @@ class Denoiser(Protocol):
         ...
 
     @property
-    def embeddings_key(self) -> str:
-        """Returns a key of the embeddings that prompts may name now."""
+    def current_embeddings(self) -> Embeddings:
+        """Returns the embeddings of the present files."""
         ...
 
     @property

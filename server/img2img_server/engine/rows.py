@@ -26,6 +26,7 @@ from img2img_server.engine.denoiser import (
     Adapter,
     Conditioning,
     Denoiser,
+    Embeddings,
     ImageLatents,
     TextInput,
 )
@@ -112,6 +113,7 @@ class EngineJobState:
         device: Seconds of the device that the job has used.
         table: The coefficients of all steps on the device, so that a step copies nothing to it.
         adapters: The LoRAs of all steps, also after their files were replaced or deleted.
+        embeddings: The embeddings of its prompts, in the same way.
         is_broken: One of the images could not be copied to the host.
         resumed: The samples that a suspended job continues with; prepare has set the others.
         finished_steps: Steps of samples that were finished before the job was suspended.
@@ -124,6 +126,7 @@ class EngineJobState:
     table: Tensor
     batch_key: Hashable
     adapters: tuple[Adapter, ...] = ()
+    embeddings: Embeddings | None = None
     conditioning: Conditioning | None = None
     samples: list[SampleState] = field(default_factory=list)
     unfinished: int = 0
@@ -152,6 +155,7 @@ class EngineJobState:
         device: torch.device,
         batch_key: Hashable,
         adapters: tuple[Adapter, ...] = (),
+        embeddings: Embeddings | None = None,
     ) -> EngineJobState:
         return cls(
             job=job,
@@ -161,12 +165,13 @@ class EngineJobState:
             table=to_device(coefficient_table(schedule), device),
             batch_key=batch_key,
             adapters=adapters,
+            embeddings=embeddings,
             unfinished=len(job.indices),
         )
 
     @property
     def text(self) -> TextInput:
-        return text_of(self.job, self.adapters)
+        return replace(text_of(self.job, self.adapters), embeddings=self.embeddings)
 
     @property
     def is_prepared(self) -> bool:

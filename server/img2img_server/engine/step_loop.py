@@ -219,13 +219,12 @@ class StepLoop:
             run.resume(run.job.state, samples)
 
     def _state_key(self, run: EngineJobState) -> str:
-        """Returns the key of the state of a job; empty if a file of its LoRAs has changed, or one
-        of the embeddings since its prompt was encoded, so that no engine with the present files
-        computes the same steps.
+        """Returns the key of the state of a job; empty if a file of its LoRAs, or one of the
+        embeddings, has changed since it began, so that no engine with the present files computes
+        the same steps.
         """
         key = self._denoiser.state_key  # Before the comparison: the files may change in between.
-        encoded = run.conditioning
-        if encoded is not None and encoded.embeddings != self._denoiser.embeddings_key:
+        if run.embeddings != self._denoiser.current_embeddings:
             return ""
         return key if adapters_of(run.job, self._denoiser) == run.adapters else ""
 
@@ -411,5 +410,12 @@ def admit(
         params.strength_mode,
     )
     return EngineJobState.begin(
-        job, sink, schedule, forwards, denoiser.device, batch_key_of(text, denoiser), adapters
+        job,
+        sink,
+        schedule,
+        forwards,
+        denoiser.device,
+        batch_key_of(text, denoiser),
+        adapters,
+        denoiser.current_embeddings,
     )

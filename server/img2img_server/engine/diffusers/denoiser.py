@@ -18,7 +18,13 @@ from img2img_server.domain.job import Determinism
 from img2img_server.domain.models import ModelKind
 from img2img_server.domain.strength import StrengthMode
 from img2img_server.engine import preview
-from img2img_server.engine.denoiser import Adapter, Conditioning, ImageLatents, TextInput
+from img2img_server.engine.denoiser import (
+    Adapter,
+    Conditioning,
+    Embeddings,
+    ImageLatents,
+    TextInput,
+)
 from img2img_server.engine.diffusers.embeddings import EmbeddingSet
 from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.diffusers.families.base import Family, Forward, LoadedModel
@@ -178,12 +184,12 @@ class DiffusersDenoiser:
     @property
     def state_key(self) -> str:
         # The files of LoRAs and embeddings may change while the engine runs.
-        files = self._loras.fingerprint + self._embeddings.fingerprint
+        files = self._loras.fingerprint + self._embeddings.current.key
         return hashlib.sha256((self._state_key + files).encode()).hexdigest()
 
     @property
-    def embeddings_key(self) -> str:
-        return self._embeddings.fingerprint
+    def current_embeddings(self) -> Embeddings:
+        return self._embeddings.current
 
     def _key(self, options: ModelOptions) -> str:
         """Returns a hash of all that the arithmetic of a step depends on."""
@@ -303,23 +309,23 @@ class DiffusersDenoiser:
         return self._embeddings.refresh()
 
     def encode_texts(self, texts: Sequence[TextInput]) -> list[Conditioning]:
-        if self._embeddings.apply():
-            self._text.reload_tokenizers()
+        current = self._embeddings.current
         found: dict[int, Conditioning] = {}
-        groups: dict[tuple[Adapter, ...], list[int]] = {}
+        groups: dict[tuple[Embeddings, tuple[Adapter, ...]], list[int]] = {}
         for index, text in enumerate(texts):
-            groups.setdefault(self._text_loras.effective(text.adapters), []).append(index)
-        for adapters, indices in groups.items():
+            adapters = self._text_loras.effective(text.adapters)
+            groups.setdefault((text.embeddings or current, adapters), []).append(index)
+        # Each change of the embeddings drops the cached prompts.
+        for embeddings, adapters in sorted(groups, key=lambda group: group[0].key):
+            indices = groups[embeddings, adapters]
+            if self._embeddings.apply(embeddings):
+                self._text.reload_tokenizers()
             self._text_loras.use_for_all(adapters)
             own = [replace(texts[index], adapters=adapters) for index in indices]
             encoded = self._text.encode(own, [self.forwards(text) for text in own])
             found |= zip(indices, encoded, strict=True)
         return [
-            replace(
-                found[index],
-                adapters=self._denoiser_loras.effective(text.adapters),
-                embeddings=self._embeddings.applied_fingerprint,
-            )
+            replace(found[index], adapters=self._denoiser_loras.effective(text.adapters))
             for index, text in enumerate(texts)
         ]
 

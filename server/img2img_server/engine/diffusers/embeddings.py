@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 from safetensors.torch import load
 from torch import Tensor
 
+from img2img_server.engine.denoiser import Embeddings
 from img2img_server.engine.diffusers.families.base import Family, LoadedModel
 from img2img_server.engine.diffusers.watched_folder import WatchedFolder, fingerprint_of
 from img2img_server.engine.family import ModelAccessError, ModelError
@@ -61,12 +62,11 @@ class Embedding:
         return (self.token, *(f"{self.token}_{place}" for place in range(1, count)))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Offered:
-    """Embeddings by their tokens, and the fingerprint of their files."""
+@dataclass(frozen=True, slots=True)
+class _Offered(Embeddings):
+    """Embeddings with their contents, by their tokens."""
 
-    embeddings: Mapping[str, Embedding]
-    fingerprint: str
+    by_token: Mapping[str, Embedding] = field(default_factory=dict, compare=False)
 
 
 class EmbeddingSet:
@@ -88,25 +88,18 @@ class EmbeddingSet:
             )
             folder = None
         self._files = WatchedFolder("embedding", folder, self._read)
-        self._offered = self._applied = _Offered({}, "")
+        self._offered = self._applied = _Offered()
         self._choose()
 
     @property
     def tokens(self) -> tuple[str, ...]:
         """The tokens that prompts may have."""
-        return tuple(self._offered.embeddings)
+        return tuple(self._offered.by_token)
 
     @property
-    def fingerprint(self) -> str:
-        """Returns a hash of the names and files of all embeddings."""
-        return self._offered.fingerprint
-
-    @property
-    def applied_fingerprint(self) -> str:
-        """Returns the fingerprint of the embeddings with which prompts are encoded, since the last
-        call of `apply`.
-        """
-        return self._applied.fingerprint
+    def current(self) -> Embeddings:
+        """The embeddings of the present files. Its key is a hash of their names and bytes."""
+        return self._offered
 
     def refresh(self) -> bool:
         """Reads the folder again; any thread may call it. Returns whether anything has changed."""
@@ -115,16 +108,19 @@ class EmbeddingSet:
             self._choose()
         return has_changed
 
-    def apply(self) -> bool:
-        """Gives the offered tokens to the model, on the engine's thread. Returns whether they
-        have changed since the last call.
+    def apply(self, wanted: Embeddings) -> bool:
+        """Gives tokens to the model, on the engine's thread. Returns whether they have changed
+        since the last call.
+
+        Args:
+            wanted: A former or the present value of `current`.
         """
-        offered = self._offered
-        if offered is self._applied:
+        assert isinstance(wanted, _Offered)
+        if wanted == self._applied:
             return False
         for name, encoder in self._encoders.items():
-            encoder.offer(self._pipeline, name, offered.embeddings.values())
-        self._applied = offered
+            encoder.offer(self._pipeline, name, wanted.by_token.values())
+        self._applied = wanted
         return True
 
     def _choose(self) -> None:
@@ -145,7 +141,7 @@ class EmbeddingSet:
                 continue
             owners |= dict.fromkeys(names, name)
             found[seen.content.token] = seen.content
-        self._offered = _Offered(found, fingerprint_of(files))
+        self._offered = _Offered(fingerprint_of(files), found)
 
     def _read(self, file: Path) -> Embedding | None:
         """Returns the content of a file; None if it does not fit, after it was logged."""
