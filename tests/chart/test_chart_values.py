@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from img2img_server.api.keys import KeyRing
-from tests.chart_render import environment, helm, of_kind, pods, refusal, render
+from img2img_server.domain.tenants import TENANT_PATTERN
+from tests.chart_render import CHART, environment, helm, of_kind, pods, refusal, render
+
+
+def test_the_chart_takes_the_names_of_tenants_that_the_service_takes() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    tenants = schema["properties"]["apiKeys"]["properties"]["tenants"]
+    assert tenants["propertyNames"] == {"pattern": f"^{TENANT_PATTERN}$"}
 
 
 @pytest.mark.parametrize(

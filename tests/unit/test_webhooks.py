@@ -18,6 +18,7 @@ from img2img.v1 import job_pb2
 from img2img_server.compat.modelslab import responses
 from img2img_server.domain.job import Job, State
 from img2img_server.domain.params import JobParams
+from img2img_server.domain.tenants import TENANT_RULE
 from img2img_server.interfaces.records import Stored, UnreadableError
 from img2img_server.outbound.retry_after import seconds_of
 from img2img_server.settings import SettingsError
@@ -75,6 +76,8 @@ def test_a_tenant_has_secrets_of_its_own_which_change_without_a_restart(tmp_path
         f'shop = "{OTHER}"',
         "shop = []",
         "shop = [1]",
+        f'"a b" = ["{OTHER}"]',
+        f'Shop = ["{OTHER}"]',
         'shop = ["whsec_äääääääääääääääääääääääääääääääääääääääää"]',
         "no toml",
     ):
@@ -85,6 +88,17 @@ def test_a_tenant_has_secrets_of_its_own_which_change_without_a_restart(tmp_path
         assert OTHER not in str(logs)
         with pytest.raises(SettingsError, match="IMG2IMG_WEBHOOK_SECRETS_FILE"):
             Signer(file=file)
+
+
+def test_the_webhook_secrets_have_the_names_that_keys_can_have(tmp_path: Path) -> None:
+    file = tmp_path / "secrets.toml"
+    file.write_text(f'"a b" = ["{OTHER}"]\n')
+    with pytest.raises(SettingsError) as refused:
+        Signer(file=file)
+    text = str(refused.value)
+    assert text.startswith(f"IMG2IMG_WEBHOOK_SECRETS_FILE: {file}: the name of a tenant must have")
+    assert text.endswith("; it is 'a b'")
+    assert TENANT_RULE in text
 
 
 def test_the_body_of_a_failure_is_that_of_the_contracts_vector() -> None:

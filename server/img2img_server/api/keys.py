@@ -30,9 +30,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
 from img2img_server import clock
+from img2img_server.domain.tenants import TENANT_RULE, tenant_name
 from img2img_server.errors import PermissionDeniedError
 from img2img_server.reloaded_files import ReloadedFiles
 from img2img_server.setting_files import read_text
@@ -44,7 +53,7 @@ _MANAGE: Final = frozenset({"storage", "operate"})  # the permissions that "mana
 _RULES: Final = {
     "keys": "must be [[keys]] tables",
     "sha256": "must be 64 hexadecimal digits",
-    "tenant": "must have 1 to 63 of the characters a-z, 0-9 and -, and must not begin with -",
+    "tenant": TENANT_RULE,
     "permissions": f"must be a list of any of {', '.join(sorted(PERMISSIONS))}",
     "rate_limit": "must be an integer of at least 0",
     "id": "must be a letter or digit and up to 62 of the characters a-z, 0-9, -, _ and .",
@@ -86,7 +95,7 @@ class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$")]
-    tenant: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    tenant: Annotated[str, AfterValidator(tenant_name)]
     permissions: list[_Permission] = []
     rate_limit: Annotated[int, Field(ge=0)] | None = None
     id: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")] = ""

@@ -16,6 +16,7 @@ from typing import Final
 
 from standardwebhooks import Webhook
 
+from img2img_server.domain.tenants import tenant_name
 from img2img_server.reloaded_files import ReloadedFiles
 from img2img_server.setting_files import read_text
 from img2img_server.settings import SettingsError
@@ -42,8 +43,8 @@ class Signer:
                 is read again when it changes.
 
         Raises:
-            SettingsError: a secret is not "whsec_" and the base64 of 24 to 64 bytes, or the file
-                cannot be used.
+            SettingsError: a secret is not "whsec_" and the base64 of 24 to 64 bytes, no tenant can
+                have a name in the file, or the file cannot be used.
         """
         self._keys = _keys(secrets.split(), "IMG2IMG_WEBHOOK_SECRET")
         self._file = (
@@ -75,6 +76,12 @@ def _read(file: Path) -> Mapping[str, Sequence[Webhook]]:
         raise SettingsError(f"{where} is no TOML file: {error}") from error
     found = {}
     for tenant, own in secrets.items():
+        try:
+            tenant_name(tenant)
+        except ValueError as error:
+            raise SettingsError(
+                f"{where}: the name of a tenant {error}; it is {tenant!r}"
+            ) from error
         if not isinstance(own, list) or not own or not all(isinstance(each, str) for each in own):
             raise SettingsError(f"{where}: {tenant} must be a list of secrets")
         found[tenant] = _keys(own, f"{where}: {tenant}")
