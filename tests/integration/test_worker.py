@@ -433,4 +433,6 @@ async def test_a_job_whose_image_cannot_be_prepared_began_before_it_failed(
     async with running_stack() as stack:
         messages = [message async for message in stack.api.generate(spec())]
     assert kinds(messages)[-2:] == ["started", "failed"]
-    assert messages[-1].event.failed.job.error.reason == "INIT_IMAGE_INVALID"
+    error = messages[-1].event.failed.job.error
+    assert error.reason == "INIT_IMAGE_INVALID"
+    assert error.message == not_an_image("it is damaged").violation.text

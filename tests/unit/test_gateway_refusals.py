@@ -16,6 +16,7 @@ from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 from img2img_server.compat.modelslab.response_formats import Current, Legacy, Plain
 from img2img_server.domain.violations import out_of_range, required
 from img2img_server.gateway.upstream import refusal
+from img2img_server.gateway.v1.errors import ErrorFormat
 from img2img_server.imaging.base import FetchError
 
 CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -184,7 +185,7 @@ def test_violations_keep_their_sentences() -> None:
     broken = [FetchError("the server answered 403: no").violation, out_of_range("width", 8, 9)]
     reported = refusal(failed(errors.InvalidRequestError(broken)))
     assert (reported.kind, reported.violations) == (ErrorKind.FIELDS, broken)
-    assert body_of(Plain(), reported)["message"] == broken[0].message
+    assert body_of(Plain(), reported)["message"] == broken[0].text
 
 
 @pytest.mark.parametrize(
@@ -256,6 +257,9 @@ def test_the_cause_is_reported_next_to_the_contracts_sentence() -> None:
     violations = [FetchError("the server answered 403: no").violation, required("width")]
     why = refusal(failed(errors.InvalidRequestError(violations)))
     assert why.violations == violations
+    explained = "init_image cannot be downloaded: the server answered 403: no"
+    body = body_of(ErrorFormat(), why)
+    assert (body["message"], body["violations"][0]["message"]) == (explained, explained)
     reported = body_of(Current(), why)
     assert reported["message"] == sentence
     assert reported["errors"] == {

@@ -17,7 +17,7 @@ class InvalidImageError(Exception):
     """The init image breaks a rule; `violation` says which one."""
 
     def __init__(self, violation: Violation) -> None:
-        super().__init__(violation.message)
+        super().__init__(violation.text)
         self.violation = violation
 
 

@@ -75,7 +75,7 @@ class RequestError(Exception):
 
     @property
     def message(self) -> str:
-        """Returns the message of the first violation, else the given message, else that of the
+        """Returns the text of the first violation, else the given message, else that of the
         kind.
         """
-        return self.violations[0].message if self.violations else self._message
+        return self.violations[0].text if self.violations else self._message
