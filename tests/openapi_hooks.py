@@ -16,6 +16,8 @@ import schemathesis
 from schemathesis import GenerationMode
 from schemathesis.core.parameters import ParameterLocation
 
+from img2img_server.domain.params import is_blank
+
 KNOWN = json.loads(os.environ["KNOWN"])  # keys, models, image, job, names of files, url
 # Fields that are read from a string as well as from a number: JSON Schema cannot express limits of
 # such strings.
@@ -106,8 +108,15 @@ def _waiting_job() -> str:
     return str(answer.raise_for_status().json()["job"]["id"])
 
 
+def _correct_prompt(body: dict[str, Any]) -> None:
+    """Replaces a prompt without a visible character, which no pattern can describe."""
+    if isinstance(body.get("prompt"), str) and is_blank(body["prompt"]):
+        body["prompt"] = "a"
+
+
 def _correct_edit(body: dict[str, Any], file: bytes | None) -> None:
     """Replaces values whose validity no schema can express."""
+    _correct_prompt(body)
     body["image"] = file or KNOWN["image"]
     for name, known in (
         ("model", KNOWN["model"]),
@@ -120,6 +129,7 @@ def _correct_edit(body: dict[str, Any], file: bytes | None) -> None:
 
 
 def _correct(body: dict[str, Any]) -> None:
+    _correct_prompt(body)
     if "image" in body:  # of an upload
         body["image"] = KNOWN["image"]
     if "init_image" in body:

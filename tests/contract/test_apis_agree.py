@@ -59,6 +59,7 @@ MODEL = replace(
     loras=("ink", "oil: v2"),
 )
 
+BLANK = "it has only spaces or other invisible characters"
 LORA_LIST = 'be a list of objects with "name" (a string) and optionally "scale" (a number)'
 
 
@@ -174,6 +175,32 @@ async def test_a_run_without_steps_is_not_reported_as_a_success(
     job = await apis.make(name, **sent)
     assert (job.spec.num_inference_steps, job.warning) == (used, reported)
     assert job.timings.steps == (1 if "raised" in reported else 0)
+
+
+@pytest.mark.parametrize("method", ["Generate", "CreateJob", "EstimateJob"])
+async def test_a_blank_prompt_is_refused_by_every_method(method: str, apis: Apis) -> None:
+    broken = spec(prompt=" \n\u200b")
+    request = getattr(service_pb2, f"{method}Request")
+    call = getattr(apis.api.stub, method)(request(spec=broken), metadata=DEV)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await (anext(aiter(call)) if method == "Generate" else call)
+    assert refused.value.details() == f"prompt is required: {BLANK}"
+
+
+async def test_a_blank_prompt_is_refused_by_every_path(apis: Apis) -> None:
+    text, sent = f"prompt is required: {BLANK}", {"prompt": "  ", "image": photo_base64()}
+    spec_sent = {"prompt": "  ", "init_image": {"data": photo_base64()}}
+    for path in ("/v1/jobs", "/v1/jobs:estimate"):
+        answer = await apis.today.http.post(path, json={"spec": spec_sent}, headers=KEY)
+        assert (answer.status_code, answer.json()["message"]) == (400, text)
+    answer = await apis.today.http.post("/v1/images/edits", json=sent, headers=KEY)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, text)
+    answer = await apis.today.create(prompt="  ")
+    errors = {"prompt": [text]}
+    expected = error_body("INVALID_REQUEST", "prompt is required", errors=errors)
+    assert (answer.status_code, answer.json()) == (400, expected)
+    answer = await apis.legacy.create(prompt="  ")
+    assert answer.json()["message"] == {"prompt": ["The prompt field is required."]}
 
 
 @pytest.mark.parametrize("name", APIS)

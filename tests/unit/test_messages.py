@@ -83,6 +83,7 @@ def violations() -> list[Violation]:
     )
     return [
         *validate(BAD_PARAMS, context),
+        *validate(JobParams(prompt=" "), ValidationContext()),
         *validate(JobParams(prompt="p", loras=(Lora("ink"),)), ValidationContext()),
         *validate(JobParams(prompt="p", loras=(Lora("ink"),) * 9), ValidationContext()),
         *validate_storage(empty),

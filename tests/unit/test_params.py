@@ -31,6 +31,8 @@ def test_the_limits_themselves_are_allowed() -> None:
     ("changes", "reason", "values"),
     [
         ({"prompt": ""}, Reason.REQUIRED, {}),
+        ({"prompt": "   "}, Reason.REQUIRED, {}),
+        ({"prompt": "\t\n\u3000\u200b\ufeff"}, Reason.REQUIRED, {}),
         ({"prompt": "x" * 2001}, Reason.TOO_LONG, {"max": "2000"}),
         ({"negative_prompt": "x" * 2001}, Reason.TOO_LONG, {"max": "2000"}),
         ({"width": 255}, Reason.OUT_OF_RANGE, {"min": "256", "max": "1024"}),

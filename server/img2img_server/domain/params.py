@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -34,6 +35,10 @@ NARROW_SEED_MAX = 2**32 - 1
 RANDOM_SEED = -1
 MAX_QUALITY = 100  # of JPEG and WebP files
 TRACK_ID_MAX_CHARACTERS = 191
+# Categories of Unicode whose characters are never visible: spaces, line breaks, control characters
+# and formats such as the zero-width space.
+_INVISIBLE = frozenset({"Cc", "Cf", "Zl", "Zp", "Zs"})
+_BLANK = "it has only spaces or other invisible characters"
 
 
 class ImageFormat(StrEnum):
@@ -164,8 +169,8 @@ def validate(params: JobParams, context: ValidationContext) -> list[Violation]:
 
 def _violations(params: JobParams, context: ValidationContext) -> Iterator[Violation]:
     limits = context.limits
-    if not params.prompt:
-        yield required("prompt")
+    if is_blank(params.prompt):
+        yield required("prompt", _BLANK if params.prompt else "")
     for name in ("prompt", "negative_prompt"):
         text, most = getattr(params, name), getattr(limits, f"max_{name}_characters")
         yield from _length(name, text, most)
@@ -192,6 +197,13 @@ def _violations(params: JobParams, context: ValidationContext) -> Iterator[Viola
     yield from _range("output_quality", params.output_quality, 0, MAX_QUALITY)
     yield from _range("clip_skip", params.clip_skip, 0, limits.max_clip_skip)
     yield from _loras(params.loras, context)
+
+
+def is_blank(text: str) -> bool:
+    """Returns whether the text has no visible character. Such a prompt is refused like an empty
+    one.
+    """
+    return all(unicodedata.category(character) in _INVISIBLE for character in text)
 
 
 def _range(name: str, value: float, least: float, most: float) -> Iterator[Violation]:

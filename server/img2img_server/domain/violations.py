@@ -53,9 +53,9 @@ class Violation:
         return f"{self.message}: {self.cause}" if self.cause else self.message
 
 
-def required(name: str) -> Violation:
-    """Returns the violation of a field that is missing."""
-    return Violation(name, Reason.REQUIRED, f"{name} is required")
+def required(name: str, cause: str = "") -> Violation:
+    """Returns the violation of a field that is missing, or is as good as missing by the cause."""
+    return Violation(name, Reason.REQUIRED, f"{name} is required", cause)
 
 
 def invalid_type(name: str, expected: str) -> Violation:

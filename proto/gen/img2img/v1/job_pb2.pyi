@@ -271,7 +271,9 @@ class JobSpec(_message.Message):
     CLIP_SKIP_FIELD_NUMBER: _builtins.int
     LORAS_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
-    """Description of the wanted image. Required, 1 to 2000 characters (Unicode code points)."""
+    """Description of the wanted image. Required, 1 to 2000 characters (Unicode code points), at least
+    one of them visible.
+    """
     negative_prompt: _builtins.str
     """Description of unwanted content. 0 to 2000 characters, default empty. It has an effect only with
     classifier-free guidance, see Model.guidance and true_cfg_scale; otherwise Job.warning says so.

@@ -164,7 +164,7 @@ class Img2ImgRequest(KeyRequest):
     """The body of img2img. Null and "" equal an absent field, and unknown fields are ignored."""
 
     prompt: Annotated[str, _text(min_length=1, max_length=LIMITS.max_prompt_characters)]
-    """The content of the image."""
+    """The content of the image: at least one visible character."""
     negative_prompt: Annotated[
         str, _optional_text(max_length=LIMITS.max_negative_prompt_characters)
     ] = _DEFAULTS.negative_prompt
