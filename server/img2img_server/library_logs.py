@@ -1,7 +1,8 @@
 """Keeps what callers sent out of the log records of libraries, and bounds their number.
 
 Libraries log what they cannot read: gRPC logs whole header values that are not UTF-8, HTTP servers
-log the line of a header. So bytes, credentials and long texts are masked in their records.
+log the line of a header. So bytes, credentials and long texts are masked in their records. Records
+of the model libraries on which an operator cannot act are dropped by their text.
 """
 
 from __future__ import annotations
@@ -32,6 +33,28 @@ _MASKS: Final = (
     ),
 )
 
+# Records on which an operator cannot act: the beginning of the logger's name, and the text.
+_NOT_ACTIONABLE: Final = tuple(
+    (library, re.compile(text))
+    for library, text in (
+        # The service uses the classes that need only Pillow, or none of them.
+        ("transformers", r"`\w+ImageProcessor` requires torchvision \(not installed\)"),
+        # The engine reads long prompts in chunks, and Job.warning names the words that are cut.
+        ("transformers", r"Token indices sequence length is longer than "),
+        ("diffusers", r"The following part of your input was truncated because "),
+        # Configurations leave out tokens that the encoder does not use.
+        ("transformers", r"Model config: \w+_token_id must be "),
+        # The engine checks which class a part has, and which parts fit together.
+        ("diffusers", r"Expected types for \w+: "),
+        ("diffusers", r"You have passed a non-standard module "),
+        # diffusers writes this entry itself.
+        ("diffusers", r"The config attributes \{'block_out_channels'.* passed to AutoencoderTiny,"),
+        # The libraries use their own deprecated names.
+        ("transformers", r"`use_return_dict` is deprecated"),
+        ("py.warnings", r"(?s).*FutureWarning: `FluxPosEmbed` is deprecated"),
+    )
+)
+
 
 def mask_secrets(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Masks the text and the traceback of a library's record. A processor of structlog."""
@@ -49,6 +72,17 @@ def masked(text: str) -> str:
     for pattern, replacement in _MASKS:
         text = pattern.sub(replacement, text)
     return f"{text} [{left_out} more characters]" if left_out > 0 else text
+
+
+class ActionableRecords(logging.Filter):
+    """Drops the records of model libraries on which an operator cannot act."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Returns whether the record is written."""
+        return not any(
+            record.name.startswith(library) and text.match(record.getMessage())
+            for library, text in _NOT_ACTIONABLE
+        )
 
 
 class LibraryLimit(logging.Filter):

@@ -35,7 +35,7 @@ from prometheus_client.registry import Collector
 
 from img2img_server import __version__
 from img2img_server.last_line import is_json
-from img2img_server.library_logs import LibraryLimit, mask_secrets
+from img2img_server.library_logs import ActionableRecords, LibraryLimit, mask_secrets
 from img2img_server.ports import host_port, listeners
 from img2img_server.settings import Settings
 from img2img_server.tasks import background_task
@@ -260,6 +260,7 @@ def log_handler(stream: TextIO, *, as_json: bool) -> logging.Handler:
         structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer()
     )
     handler = logging.StreamHandler(stream)
+    handler.addFilter(ActionableRecords())
     handler.addFilter(LibraryLimit())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(

@@ -51,7 +51,6 @@ def load_pipeline(
     if options.group_offload and device.type == "cpu":
         raise ModelError("there is no GPU for group offloading", setting="group_offload")
     for quiet in (diffusers_logging, transformers_logging):
-        quiet.set_verbosity_error()  # The tokenizers would log prompts that are too long.
         quiet.disable_progress_bar()
     if family.lengths_vary and options.compile is Compile.WHOLE:
         raise ModelError(
