@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from img2img_server.engine.checkpoint import _unused_layers
 from img2img_server.engine.checkpoint_file import read_checkpoint
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.local_model import find_model
+from img2img_server.engine.diffusers.weights_size import weights_size
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.load import load_engine
 from img2img_server.engine.model_spec import read_model_spec
@@ -142,6 +144,87 @@ def test_a_missing_part_is_taken_from_the_folder_of_parts(
         assert difference(found, expected) == 0
 
 
+def weights(denoiser: DiffusersDenoiser, part: str) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = getattr(denoiser._model.pipeline, part).state_dict()
+    return found
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."], ids=["none", "short"])
+def test_a_file_of_a_unet_alone_may_leave_out_the_beginning_of_its_names(
+    prefix: str, written: Callable[[str], Written], tmp_path: Path
+) -> None:
+    model, start = written("sd1"), "model.diffusion_model."
+    tensors = {
+        prefix + key.removeprefix(start): it
+        for key, it in load_file(model.file).items()
+        if key.startswith(start)
+    }
+    save_file(tensors, file := tmp_path / "unet.SAFETENSORS")
+
+    found = load(file, ModelOptions(model_parts_dir=model.folder))
+    assert_equal(weights(found, "unet"), weights(load(model.file), "unet"))
+
+
+def test_a_tensor_under_two_names_is_refused(
+    written: Callable[[str], Written], tmp_path: Path
+) -> None:
+    changes: dict[str, torch.Tensor | None] = {"out.2.bias": torch.ones(4)}
+    file = edited(written("sd1").file, tmp_path / "merged.safetensors", **changes)
+    with pytest.raises(ModelError, match=r"under two names, .*: out\.2\.bias: use a file"):
+        load(file)
+
+
+def test_an_encoder_without_the_unused_layer_loses_no_other_one(
+    written: Callable[[str], Written], tmp_path: Path
+) -> None:
+    """Files that were converted from diffusers' layout do not have the layer."""
+    model, text = written("sd2"), "cond_stage_model.model."
+    unused: dict[str, torch.Tensor | None] = {
+        f"{text}transformer.resblocks.2.": None,
+        f"{text}text_projection": None,
+    }
+    found = load(edited(model.file, tmp_path / "converted.safetensors", **unused))
+    assert_equal(weights(found, "text_encoder"), weights(load(model.folder), "text_encoder"))
+
+
+@pytest.mark.parametrize(("layers", "used"), [(24, 23), (23, 23)])
+def test_the_encoder_of_stable_diffusion_2_has_23_layers(layers: int, used: int) -> None:
+    start = "cond_stage_model.model.transformer.resblocks"
+    names = [f"{start}.{number}.ln_1.weight" for number in range(layers)]
+    for extra in ([], ["cond_stage_model.model.text_projection"]):
+        shapes = dict.fromkeys([*names, *extra], (1,))
+        assert layers - _unused_layers(shapes) == used
+
+
+def test_tensors_of_an_encoder_that_no_image_needs_are_ignored(
+    written: Callable[[str], Written], tmp_path: Path
+) -> None:
+    model = written("sd1")
+    name = "cond_stage_model.transformer.vision_model.post_layernorm.weight"
+    file = edited(model.file, tmp_path / "vision.safetensors", **{name: torch.ones(3)})
+    assert_equal(weights(load(file), "text_encoder"), weights(load(model.file), "text_encoder"))
+
+
+def test_the_size_of_a_model_counts_every_part(
+    written: Callable[[str], Written], tmp_path: Path
+) -> None:
+    model, start = written("sd1"), "model.diffusion_model."
+    tensors = {
+        key.removeprefix(start): it
+        for key, it in load_file(model.file).items()
+        if key.startswith(start)
+    }
+    save_file(tensors, file := tmp_path / "unet.safetensors")
+    cpu, options = torch.device("cpu"), EngineOptions(model_parts_dir=model.folder)
+    sizes = [weights_size(find_model(str(it)), options, cpu) for it in (file, model.folder)]
+    assert sizes[0] == sizes[1] > 4 * sum(it.numel() for it in tensors.values())
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -180,8 +263,11 @@ def test_a_checkpoint_with_more_or_less_than_its_model_is_refused(
         (["decoder.conv_in.weight", "encoder.conv_in.weight"], "holds an autoencoder only"),
         (["emb_params"], "is a textual inversion embedding"),
         (["some.weight"], "is no checkpoint of a layout .*some.weight"),
+        (["input_blocks.0.0.weight", "input_hint_block.0.weight"], "is a ControlNet"),
+        (["double_blocks.0.img_attn.qkv.weight.absmax"], "has weights in 8 or 4 bits"),
+        (["double_blocks.0.img_attn.qkv.weight_scale"], "has weights in 8 or 4 bits"),
     ],
-    ids=["lora", "vae", "embedding", "other"],
+    ids=["lora", "vae", "embedding", "other", "controlnet", "4-bits", "8-bits"],
 )
 def test_another_kind_of_file_is_named(names: list[str], sentence: str, tmp_path: Path) -> None:
     file = tmp_path / "file.safetensors"

@@ -345,6 +345,22 @@ def test_tensors_that_would_be_ignored_are_refused(
         DiffusersDenoiser.load(str(file), torch.device("cpu"), torch.float32, options)
 
 
+@pytest.mark.usefixtures("_small_widths")
+def test_names_may_have_a_short_beginning_and_a_kontext_model_is_refused(tmp_path: Path) -> None:
+    file, parts = written("flux-dev", tmp_path)
+    short = {f"diffusion_model.{name}": it for name, it in load_file(file).items()}
+    save_file(short, tmp_path / "short.safetensors")
+    save_file(short, tmp_path / "flux1-dev-kontext_fp8.safetensors")
+    cpu, options = torch.device("cpu"), ModelOptions(model_parts_dir=parts)
+    found, expected = (
+        DiffusersDenoiser.load(str(it), cpu, torch.float32, options)._model.network.state_dict()
+        for it in (tmp_path / "short.safetensors", file)
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(ModelError, match=r"is FLUX\.1 Kontext by its name"):
+        read_model_spec(str(tmp_path / "flux1-dev-kontext_fp8.safetensors"))
+
+
 # The names of text encoders in ComfyUI, by family and part.
 COMFY: dict[str, dict[str, str]] = {
     "flux-dev": {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"},

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from img2img_server.engine.family import ModelError, ModelFiles
-from img2img_server.engine.tensor_names import HARMLESS_IN_CHECKPOINT, first_names
+from img2img_server.engine.tensor_names import DENOISER, HARMLESS_IN_CHECKPOINT, first_names
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-UNET: Final = "model.diffusion_model."
+UNET: Final = DENOISER
 VAE: Final = "first_stage_model."
 CLIP: Final = "cond_stage_model.transformer."  # Stable Diffusion 1.x
 OPEN_CLIP: Final = "cond_stage_model.model."  # Stable Diffusion 2.x
@@ -37,12 +37,19 @@ _SD_BETAS: Final[Mapping[str, Any]] = {
     "steps_offset": 1,
 }
 _HEAD_WIDTH: Final = 64
+_OPEN_CLIP_LAYERS: Final = 24  # of the text encoder of Stable Diffusion 2.x
 _AUTOENCODER: Final = re.compile(r"(first_stage_model\.|vae\.)?(encoder\.|decoder\.|.*quant_conv)")
 # CLIP, T5 and language models in the layout of transformers
 _TEXT_ENCODER: Final = re.compile(
     r"(text_model|encoder\.block|encoder\.final_layer_norm|shared|model\.(layers|embed_tokens|norm))\."
     r"|logit_scale$|text_projection|encoder\.embed_tokens\."
 )
+_COMFY_TEXTS: Final = "text_encoders."
+_SCALED: Final = re.compile(
+    r"(^|\.)(scaled_fp8|scale_weight|weight_scale|comfy_quant|absmax|nested_absmax|quant_map)$"
+    r"|\.quant_state\."
+)
+_CONTROL: Final = re.compile(r"^(control_model\.|controlnet_)|(^|\.)input_hint_block\.")
 _ORIGINAL_TURBO: Final = re.compile(r"sd[_-]?(xl[_-])?turbo")
 
 
@@ -98,7 +105,7 @@ def describe_unet(shapes: Shapes, hints: Hints, place: str) -> Checkpoint:
             ignored.
     """
     check_scaled(shapes, place)
-    if f"{UNET}input_blocks.0.0.weight" not in shapes:
+    if f"{UNET}input_blocks.0.0.weight" not in shapes or f"{UNET}out.2.weight" not in shapes:
         raise ModelError(f"{place} {_other_kind(shapes)}")
     if "edm_mean" in shapes:
         raise ModelError(
@@ -141,15 +148,12 @@ def check_known(shapes: Shapes, found: Checkpoint, place: str) -> None:
 
 
 def check_scaled(shapes: Shapes, place: str) -> None:
-    """Raises ModelError for a denoiser in 8 bits with factors, in ComfyUI's form."""
-    scaled = [
-        name
-        for name in shapes
-        if name.endswith(("scaled_fp8", ".scale_weight")) and not name.startswith("text_encoders.")
-    ]
+    """Raises ModelError for a denoiser in 8 or 4 bits with factors, in the forms of ComfyUI and
+    bitsandbytes."""
+    scaled = [name for name in shapes if _SCALED.search(name) and not name.startswith(_COMFY_TEXTS)]
     if scaled:
         raise ModelError(
-            f"{place} has weights in 8 bits with factors ({scaled[0]}), which are not "
+            f"{place} has weights in 8 or 4 bits with factors ({scaled[0]}), which are not "
             "read: use the file in fp16 or bf16, and IMG2IMG_QUANTIZATION for 8 bits in memory"
         )
 
@@ -158,7 +162,7 @@ def _other_kind(shapes: Shapes) -> str:
     """Returns what a file is that is no checkpoint of a known layout."""
     if any("lora" in name.lower() for name in shapes):
         return "is a LoRA, not a model: put it into IMG2IMG_LORA_DIR"
-    if any(name.startswith(("control_model.", "controlnet_")) for name in shapes):
+    if any(_CONTROL.search(name) for name in shapes):
         return "is a ControlNet, which is not served: name the model that it belongs to"
     if all(
         re.match(r"(first_stage_model\.|vae\.)?(encoder|decoder)\.|.*quant_conv", it)
@@ -198,7 +202,7 @@ def _stable_diffusion(shapes: Shapes, hints: Hints) -> Checkpoint:
     scheduler = _sd_scheduler(
         *(is_xl, is_v2, is_turbo, prediction),
         is_zero_snr="ztsnr" in shapes,
-        is_lightning="lightning" in name,
+        is_lightning="lightning" in name or "hyper-sd" in name,
     )
     configs: dict[str, Mapping[str, Any]] = {"unet": unet, "scheduler": scheduler}
     index: dict[str, Any] = {
@@ -219,8 +223,7 @@ def _stable_diffusion(shapes: Shapes, hints: Hints) -> Checkpoint:
             index["requires_aesthetics_score"] = True
             prefixes["refiner"] = _REFINER_CLIP
     elif is_v2:
-        # The last layer is not used, so diffusers does not have it.
-        texts = {"text_encoder": (OPEN_CLIP, 1)}
+        texts = {"text_encoder": (OPEN_CLIP, _unused_layers(shapes))}
     else:
         texts = {"text_encoder": (CLIP, 0)}
     if f"{VAE}decoder.conv_in.weight" in shapes:
@@ -231,6 +234,16 @@ def _stable_diffusion(shapes: Shapes, hints: Hints) -> Checkpoint:
             prefixes[part] = prefix
             configs[part] = config
     return Checkpoint(ModelFiles(index, configs, hints.name), prefixes)
+
+
+def _unused_layers(shapes: Shapes) -> int:
+    """Returns how many layers of OpenCLIP's encoder in Stable Diffusion 2.x are not used: the last
+    one, unless the file was converted from diffusers' layout, which does not have it.
+    """
+    layers = count(shapes, f"{OPEN_CLIP}transformer.resblocks.")
+    if layers in (_OPEN_CLIP_LAYERS, _OPEN_CLIP_LAYERS - 1):
+        return layers - (_OPEN_CLIP_LAYERS - 1)
+    return int(f"{OPEN_CLIP}text_projection" in shapes)  # That belongs to the last layer.
 
 
 def _sd_scheduler(

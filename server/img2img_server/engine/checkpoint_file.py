@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from img2img_server.engine.checkpoint import (
     Checkpoint,
@@ -15,6 +17,7 @@ from img2img_server.engine.checkpoint import (
 )
 from img2img_server.engine.checkpoint_flow import describe_flow
 from img2img_server.engine.family import ModelError
+from img2img_server.engine.tensor_names import DENOISER, first_names, full_name
 from img2img_server.engine.weight_files import (
     PICKLES,
     check_kind,
@@ -24,6 +27,8 @@ from img2img_server.engine.weight_files import (
 )
 from img2img_server.setting_files import read_text
 
+Value = TypeVar("Value")
+
 
 def read_checkpoint(path: Path, *, allow_pickles: bool = False) -> Checkpoint:
     """Returns what a single file holds.
@@ -31,15 +36,14 @@ def read_checkpoint(path: Path, *, allow_pickles: bool = False) -> Checkpoint:
     Raises:
         ModelError: The file is damaged, a pickle that is not allowed, or no checkpoint.
     """
-    metadata = {}
-    if path.suffix in PICKLES:
+    metadata: Mapping[str, str] = {}
+    suffix = path.suffix.lower()
+    if suffix in PICKLES:
         refuse_pickle(path, allow_pickles)
-        shapes = _pickled_shapes(path)
-    elif path.suffix == ".safetensors":
-        header = read_header(path)
-        metadata = dict(read_metadata(path))
-        shapes = {name: entry.shape for name, entry in header.items()}
-    elif path.suffix == ".gguf":
+        shapes = read_shapes(path)
+    elif suffix == ".safetensors":
+        shapes, metadata = read_shapes(path), read_metadata(path)
+    elif suffix == ".gguf":
         raise ModelError(
             f"{path} has the weights of the denoiser only: name it with IMG2IMG_GGUF_FILE, and its "
             "base model with IMG2IMG_MODEL"
@@ -66,11 +70,31 @@ def _prediction_type(toml: Path) -> str:
         return ""
 
 
-def _pickled_shapes(path: Path) -> Shapes:
-    # Importing torch takes seconds.
-    from img2img_server.engine.diffusers.single_file import read_tensors
+def read_shapes(path: Path) -> Shapes:
+    """Returns the shapes of the tensors of a single file by their full names.
 
-    return {name: tuple(it.shape) for name, it in read_tensors(path).items()}
+    Raises:
+        ModelError: The file is damaged, or has a tensor twice.
+    """
+    if path.suffix.lower() in PICKLES:
+        # Importing torch takes seconds.
+        from img2img_server.engine.diffusers.single_file import read_tensors
+
+        return {name: tuple(it.shape) for name, it in read_tensors(path).items()}
+    return with_full_names({name: it.shape for name, it in read_header(path).items()}, path)
+
+
+def with_full_names(found: Mapping[str, Value], path: Path) -> dict[str, Value]:
+    """Returns a mapping with the full names of tensors as keys. Raises ModelError if one is there
+    twice."""
+    named = {full_name(name): value for name, value in found.items()}
+    if len(named) < len(found):
+        twice = [name for name in found if full_name(name) != name and full_name(name) in found]
+        raise ModelError(
+            f"{path} has tensors under two names, with and without {DENOISER}: "
+            f"{first_names(twice)}: use a file that has each of them once"
+        )
+    return named
 
 
 def toml_of(path: Path) -> Path:

@@ -61,6 +61,11 @@ def describe_flow(shapes: Shapes, hints: Hints, place: str) -> Checkpoint | None
         if found is None:
             continue
         index, configs, factors = found
+        if index["_class_name"] == "FluxPipeline" and "kontext" in hints.name.lower():
+            raise ModelError(
+                f"{place} is FLUX.1 Kontext by its name, which edits images by instructions and is "
+                "not served: use FLUX.1 dev or schnell"
+            )
         if texts := [name for name in shapes if name.startswith("cond_stage_model.")]:
             raise ModelError(
                 f"{place} holds text encoders in a layout that is not read ({texts[0]}): use a "

@@ -9,6 +9,11 @@ from typing import Final
 IGNORED: Final = "model_tensors_ignored"  # the log event
 _MOST_NAMES: Final = 4
 
+# The beginning of the names of the denoiser in a single file.
+DENOISER: Final = "model.diffusion_model."
+_SHORT_DENOISER: Final = "diffusion_model."
+_UNET: Final = re.compile(r"(time_embed|label_emb|input_blocks|middle_block|output_blocks|out)\.\d")
+
 # Constants that are calculated, and constants of the training.
 _EVERYWHERE: Final = "position_ids|logit_scale"
 
@@ -30,6 +35,15 @@ HARMLESS_IN_PART: Final = re.compile(
     r"|^(lm_head|vision_model|visual_projection)\."
     r"|^text_projection\.(weight|bias)$"
 )
+
+
+def full_name(name: str) -> str:
+    """Returns the name of a tensor of a single file with the beginning that files with several
+    parts have. Files of a denoiser alone may leave out all of it or a part.
+    """
+    if name.startswith(_SHORT_DENOISER):
+        return f"model.{name}"
+    return f"{DENOISER}{name}" if _UNET.match(name) else name
 
 
 def first_names(names: Iterable[str]) -> str:

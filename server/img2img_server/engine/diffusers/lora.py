@@ -7,9 +7,10 @@ from pathlib import Path
 
 from img2img_server.engine.denoiser import Adapter
 from img2img_server.engine.diffusers.families.base import Family, LoadedModel
-from img2img_server.engine.diffusers.lora_forms import Change, LoraError, read_lora_file
+from img2img_server.engine.diffusers.lora_forms import Change, read_lora_file
 from img2img_server.engine.diffusers.lora_layers import LoraContent
 from img2img_server.engine.diffusers.lora_names import find_targets
+from img2img_server.engine.diffusers.lora_options import LoraError
 from img2img_server.engine.diffusers.watched_folder import RefusedFileError, WatchedFolder
 
 _log = logging.getLogger(__name__)
@@ -90,19 +91,17 @@ def read_changes(model: LoadedModel, family: Family, file: Path) -> tuple[Change
         for target in targets[group.name]:
             options = content.options_of(target.part)
             options.check()
-            if options.values.get("use_dora") and "magnitude" not in group.tensors:
+            has_magnitude = "magnitude" in group.tensors or not group.changes_weight
+            if options.values.get("use_dora") and not has_magnitude:
                 raise LoraError(f"{group.name} has no magnitudes, although the file uses DoRA")
-            factor = group.factor(options, target.layer)
-            change = Change(
-                target.part,
-                target.layer,
-                target.module,
-                target.weight,
-                group,
-                factor,
-                target.rows,
-                target.columns,
-            )
-            change.check()
-            changes.append(change)
+            place = target.part, target.layer, target.module
+            if group.changes_weight:
+                factor = group.factor(options, target.layer)
+                pieces = target.rows, target.columns
+                changes.append(Change(*place, target.weight, group, factor, *pieces))
+            if found := group.bias(options, target.layer):
+                bias, factor = found
+                changes.append(Change(*place, target.bias(bias), bias, factor, target.rows))
+    for change in changes:
+        change.check()
     return tuple(changes)

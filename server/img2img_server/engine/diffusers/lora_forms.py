@@ -1,5 +1,5 @@
 """Reads the changes of weights in LoRA files: LoRA, LoCon, LoHa, LoKr and full differences, each
-also with DoRA's magnitudes.
+also with DoRA's magnitudes, and changes of biases.
 
 A file has groups of tensors; the tensors of a group have the name of a layer and a suffix. Each
 group becomes a `Change`, which computes the difference for one weight. lora_names.py finds the
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from img2img_server.engine.diffusers.lora_options import HEADER, LoraError, LoraOptions
 from img2img_server.engine.tensor_names import first_names
 
 _LORA = {
@@ -54,6 +54,10 @@ _SUFFIXES = {
     ".lokr_w2_b": "lokr_w2_b",
     ".lokr_t2": "lokr_t2",
     ".diff": "diff",
+    ".diff_b": "bias_diff",
+    ".w_norm": "diff",
+    ".b_norm": "bias_diff",
+    ".lora_B.bias": "bias",
     ".lora_magnitude_vector.default.weight": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
     ".lora_magnitude_vector": "magnitude",
@@ -64,46 +68,6 @@ _SUFFIXES = {
     ".alpha": "alpha",
 }
 _BY_LENGTH = sorted(_SUFFIXES, key=len, reverse=True)
-_HEADER = "lora_adapter_metadata"  # diffusers stores peft's options under this name
-# With these options of peft, training changes the weights of the model too, which no file has.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-class LoraError(ValueError):
-    """A file is no LoRA that the model can use. The text says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoraOptions:
-    """The options of peft for one part of a pipeline."""
-
-    values: Mapping[str, Any]
-
-    def alpha(self, name: str) -> float | None:
-        """Returns the alpha of a layer; None: the file does not say it."""
-        pattern = self.values.get("alpha_pattern") or {}
-        for key, alpha in pattern.items():
-            if re.match(rf"(.*\.)?({key})$", name):  # the rule of peft
-                return float(alpha)
-        default = self.values.get("lora_alpha")
-        return None if default is None else float(default)
-
-    @property
-    def is_rank_stabilised(self) -> bool:
-        return bool(self.values.get("use_rslora"))
-
-    def check(self) -> None:
-        """Checks that the file alone defines the change.
-
-        Raises:
-            LoraError: It does not.
-        """
-        start = str(self.values.get("init_lora_weights", "")).lower()
-        if start.startswith(_CHANGES_BASE):
-            raise LoraError(
-                f"it was trained with init_lora_weights {start}, which also changes the weights of "
-                "the model: convert it to a plain LoRA with peft"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +79,11 @@ class Group:
     suffixes: Mapping[str, str]  # by role, as the file spells them
 
     @property
+    def changes_weight(self) -> bool:
+        """Returns whether it has more than a change of the bias."""
+        return not self.tensors.keys() <= _EXTRA_ROLES
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Returns the numbers of outputs and inputs of the layer as the file has them. The kernel
         of a convolution counts with the inputs only if the form does not separate them.
@@ -123,11 +92,14 @@ class Group:
         if "up" in own:
             return own["up"].shape[0], own["down"].shape[1]
         if "diff" in own:
-            return own["diff"].shape[0], own["diff"].shape[1]
+            outputs, *inputs = own["diff"].shape
+            return outputs, inputs[0] if inputs else 1  # A norm has one value for each output.
         if "hada_w1_a" in own:
             if "hada_t1" in own:
                 return own["hada_w1_a"].shape[1], own["hada_w1_b"].shape[1]
             return own["hada_w1_a"].shape[0], own["hada_w1_b"].shape[1]
+        if not self.changes_weight:
+            return own["bias_diff"].shape[0], 1
         first, second = _kronecker_factors(own)
         return first.shape[0] * second.shape[0], first.shape[1] * second.shape[1]
 
@@ -141,19 +113,33 @@ class Group:
         return tuple(own["lokr_w2"].shape[2:]) if "lokr_w2" in own else None
 
     def check(self) -> None:
-        """Checks that the tensors form one change and are finite numbers.
+        """Checks that the tensors form one change, fit each other, and are finite numbers.
 
         Raises:
             LoraError: They do not.
         """
-        roles = set(self.tensors) - {"alpha", "magnitude", "dora_scale"}
-        if roles not in _COMPLETE:
+        roles = set(self.tensors) - _EXTRA_ROLES
+        if roles not in _COMPLETE and (roles or "bias_diff" not in self.tensors):
             have = ", ".join(sorted(roles)) or "nothing that changes a weight"
             raise LoraError(f"{self.name} has {have}, which is no complete LoRA, LoHa or LoKr")
         for role, tensor in self.tensors.items():
-            if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-                suffix = self.suffixes[role]
+            suffix = self.suffixes[role]
+            is_number = tensor.is_floating_point() or (role == "alpha" and not tensor.is_complex())
+            if not is_number or not torch.isfinite(tensor.float()).all():
                 raise LoraError(f"{self.name}{suffix} has values that are not finite numbers")
+            if not tensor.numel():
+                raise LoraError(f"{self.name}{suffix} has no values")
+            if role == "alpha" and tensor.numel() != 1:
+                raise LoraError(f"{self.name}{suffix} has {tensor.numel()} values instead of one")
+        try:
+            if self.changes_weight:
+                self._delta(torch.device("meta"))
+            assert len(self.shape) == 2
+        except (IndexError, RuntimeError, ValueError) as error:
+            shapes = ", ".join(f"{it} {list(self.tensors[it].shape)}" for it in sorted(roles))
+            raise LoraError(
+                f"{self.name} has tensors that do not fit each other: {shapes}"
+            ) from error
 
     def factor(self, options: LoraOptions, name: str) -> float:
         """Returns the factor of the change at scale 1: alpha / rank, or alpha / sqrt(rank)."""
@@ -175,9 +161,28 @@ class Group:
                 return own[role].shape[0]
         return None
 
+    def bias(self, options: LoraOptions, name: str) -> tuple[Group, float] | None:
+        """Returns the change of the layer's bias and its factor; None if there is none.
+
+        Raises:
+            LoraError: There are two, or one together with magnitudes, which peft does not have.
+        """
+        roles = {"bias", "bias_diff"} & self.tensors.keys()
+        if not roles:
+            return None
+        if len(roles) > 1 or ("bias" in roles and "magnitude" in self.tensors):
+            raise LoraError(f"{self.name} changes the bias in two forms, or with magnitudes")
+        (role,) = roles
+        suffix = {"diff": self.suffixes[role]}
+        factor = self.factor(options, name) if role == "bias" else 1.0
+        return Group(self.name, {"diff": self.tensors[role]}, suffix), factor
+
     def delta(self) -> Tensor:
         """Returns the change of the weight without its factor, in float32."""
-        own = {role: tensor.float() for role, tensor in self.tensors.items()}
+        return self._delta()
+
+    def _delta(self, device: torch.device | None = None) -> Tensor:
+        own = {role: tensor.to(device, torch.float32) for role, tensor in self.tensors.items()}
         if "diff" in own:
             return own["diff"]
         if "up" in own:
@@ -195,6 +200,8 @@ class Group:
         return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second)
 
 
+# The roles of tensors in addition to those that change the weight.
+_EXTRA_ROLES = {"alpha", "magnitude", "dora_scale", "bias", "bias_diff"}
 _HADA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 _COMPLETE: tuple[set[str], ...] = (
     {"down", "up"},
@@ -266,11 +273,11 @@ def read_lora_file(file: Path) -> LoraFile:
     except SafetensorError as error:
         raise LoraError(f"it is no readable .safetensors file: {error}") from error
     try:
-        options = json.loads(header.get(_HEADER, "{}"))
+        options = json.loads(header.get(HEADER, "{}"))
     except ValueError as error:
-        raise LoraError(f"its header {_HEADER} is no JSON") from error
+        raise LoraError(f"its header {HEADER} is no JSON") from error
     if not isinstance(options, dict):
-        raise LoraError(f"its header {_HEADER} is no JSON object")
+        raise LoraError(f"its header {HEADER} is no JSON object")
     groups = _groups(tensors)
     for group in groups:
         group.check()
@@ -324,14 +331,16 @@ class Change:
             LoraError: They do not fit.
         """
         layer = self.layer
-        if self.weight.ndim not in (2, 4):
+        is_vector = "diff" in self.group.tensors and self.group.tensors["diff"].ndim == 1
+        if self.weight.ndim != 1 if is_vector else self.weight.ndim not in (2, 4):
             raise LoraError(f"{self.group.name} changes {layer}, which is no matrix or convolution")
         outputs, inputs = self.group.shape
         outputs = outputs if self.rows is None else len(self.rows)
         inputs = inputs if self.columns is None else len(self.columns)
-        flat = math.prod(self.weight.shape[1:])
-        if outputs != self.weight.shape[0] or inputs not in (self.weight.shape[1], flat):
-            have, want = f"{outputs} x {inputs}", f"{self.weight.shape[0]} x {self.weight.shape[1]}"
+        own_outputs, *rest = self.weight.shape
+        own_inputs, flat = (rest or [1])[0], math.prod(rest)
+        if outputs != own_outputs or inputs not in (own_inputs, flat):
+            have, want = f"{outputs} x {inputs}", f"{own_outputs} x {own_inputs}"
             raise LoraError(
                 f"{self.group.name} is for a layer of {have} values, but {layer} has {want}: the "
                 "file belongs to another model"

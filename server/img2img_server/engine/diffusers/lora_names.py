@@ -11,13 +11,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from img2img_server.engine.diffusers.families.base import Family, LoadedModel
-from img2img_server.engine.diffusers.lora_forms import Group, LoraError
+from img2img_server.engine.diffusers.lora_forms import Group
+from img2img_server.engine.diffusers.lora_options import LoraError
 from img2img_server.engine.tensor_names import first_names
 
 # More than any layer has outputs or inputs. float64 holds the products exactly.
@@ -31,6 +33,10 @@ _TEXT_ENCODERS = {
     "text_encoder_2": ("lora_te2_",),
     "text_encoder_3": ("lora_te3_",),
 }
+# The beginning of the names of the denoiser's layers in ComfyUI, and of all layers in peft.
+_COMFY, _PEFT = "diffusion_model.", "base_model.model."
+# The names of the text encoders that a LoRA may change, in ComfyUI.
+_COMFY_ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 _DENOISER = ("lora_unet_", "lora_transformer_", "lycoris_")
 
 
@@ -53,6 +59,13 @@ class Target:
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         return weight.data
+
+    def bias(self, group: Group) -> Tensor:
+        """Returns the bias of the layer. Raises LoraError if it has none."""
+        bias = getattr(self.module, "bias", None)
+        if not isinstance(bias, Tensor):
+            raise LoraError(f"{group.name} changes the bias of {self.layer}, which has none")
+        return bias.data
 
 
 def find_targets(
@@ -107,6 +120,8 @@ def _aliases(family: Family, target: Target) -> Iterator[str]:
         names.append(f"text_model.{target.layer}")
     for name in names:
         yield f"{target.part}.{name}"
+        if encoder := _COMFY_ENCODERS.get(target.part):
+            yield f"text_encoders.{encoder}.transformer.{name}"
         for prefix in _TEXT_ENCODERS.get(target.part, _DENOISER):
             yield prefix + name.replace(".", "_")
     if target.part == family.denoiser:
@@ -142,28 +157,45 @@ def _converted(
 ) -> Mapping[str, tuple[Target, ...]]:
     """Returns the layers of groups whose names only diffusers' converters know."""
     lost = [group.name for group in groups]
-    for spelling in (None, *_SPELLINGS):
+    for is_kohya, spelling in product((False, True), (None, *_SPELLINGS)):
+        names = [_kohya_name(name) if is_kohya else name for name in (it.name for it in groups)]
+        if is_kohya and names == [group.name for group in groups]:
+            continue
         try:
-            weights = family.convert_lora(model, _probes(groups, spelling))
+            weights = family.convert_lora(model, _probes(groups, names, spelling))
         except Exception:  # noqa: S112 - the converters raise errors of many classes
             continue
         found = _trace(family, groups, weights, layers)
         lost = min(lost, [name for name, targets in found.items() if not targets], key=len)
         if not lost:
             return found
+    if any(_PEFT in name for name in lost):
+        raise LoraError(
+            "it was saved by peft, whose alpha is in another file, adapter_config.json: save it "
+            "with save_lora_weights of diffusers, which stores the alpha in the file"
+        )
     raise LoraError(
         f"the model has no layers for {first_names(lost)}: the file belongs to another model"
     )
 
 
-def _probes(groups: Sequence[Group], spelling: tuple[str, str] | None) -> dict[str, Tensor]:
+def _kohya_name(name: str) -> str:
+    """Returns the name in kohya's spelling of a layer of the UNet in ComfyUI's spelling."""
+    is_comfy = name.startswith(_COMFY)
+    return f"lora_unet_{name.removeprefix(_COMFY).replace('.', '_')}" if is_comfy else name
+
+
+def _probes(
+    groups: Sequence[Group], names: Sequence[str], spelling: tuple[str, str] | None
+) -> dict[str, Tensor]:
     """Returns a LoRA of rank 1 for each group, whose values say their places.
 
     Args:
+        names: The names of the groups.
         spelling: The suffixes of the factors; None: those of the file.
     """
     found = {}
-    for number, group in enumerate(groups):
+    for number, (group, name) in enumerate(zip(groups, names, strict=True)):
         outputs, inputs = group.shape
         kernel = group.kernel_size or ()
         down, up = spelling or (
@@ -173,10 +205,10 @@ def _probes(groups: Sequence[Group], spelling: tuple[str, str] | None) -> dict[s
         columns = torch.arange(1, inputs + 1, dtype=torch.float64)
         rows = torch.arange(1, outputs + 1, dtype=torch.float64) + number * _STRIDE
         ones = [1] * len(kernel)
-        found[group.name + down] = columns.reshape(1, inputs, *ones).expand(1, inputs, *kernel)
-        found[group.name + up] = rows.reshape(outputs, 1, *ones)
+        found[name + down] = columns.reshape(1, inputs, *ones).expand(1, inputs, *kernel)
+        found[name + up] = rows.reshape(outputs, 1, *ones)
         if "alpha" in group.tensors:  # Some converters recognise files by their alphas.
-            found[group.name + group.suffixes["alpha"]] = torch.tensor(1.0, dtype=torch.float64)
+            found[name + group.suffixes["alpha"]] = torch.tensor(1.0, dtype=torch.float64)
     return found
 
 

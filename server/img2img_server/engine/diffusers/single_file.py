@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from img2img_server.engine.checkpoint import VAE, Checkpoint, autoencoder, complete
+from img2img_server.engine.checkpoint_file import with_full_names
 from img2img_server.engine.checkpoint_text import (
     TEXT_ENCODERS,
     VAE_FACTORS,
@@ -57,22 +58,22 @@ _log = logging.getLogger(__name__)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a checkpoint, mapped from the file.
+    """Returns the tensors of a checkpoint by their full names, mapped from the file.
 
     A pickle must be allowed already; it is read without code.
 
     Raises:
         ModelError: The file cannot be read.
     """
-    if path.suffix == ".safetensors":
-        return dict(guarded(path, load_file, str(path)))
+    if path.suffix.lower() == ".safetensors":
+        return with_full_names(guarded(path, load_file, str(path)), path)
     found = guarded(path, torch.load, str(path), map_location="cpu", weights_only=True, mmap=True)
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     tensors = {name: it for name, it in found.items() if isinstance(it, Tensor)}
     if not tensors:
         raise ModelError(f"{path} has no tensors")
-    return tensors
+    return with_full_names(tensors, path)
 
 
 def load_single_file(
@@ -307,7 +308,8 @@ def _clip(
             key: it for key, it in own.items() if it is not unused and "text_projection" not in key
         }
     _check(where, own, _elements(own), converted, expected)
-    loaded = {key: it.to(dtype) for key, it in converted.items()}
+    # Names that the encoder does not have are known to be harmless here.
+    loaded = {key: it.to(dtype) for key, it in converted.items() if key in expected}
     encoder.load_state_dict(loaded, assign=True)
     return encoder.eval()
 

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 
+from img2img_server.engine.checkpoint import Checkpoint
+from img2img_server.engine.checkpoint_file import read_shapes
+from img2img_server.engine.checkpoint_text import file_of, folder_of
 from img2img_server.engine.device import choose_dtype
 from img2img_server.engine.diffusers.local_model import LocalModel
 from img2img_server.engine.options import EngineOptions, Quantization, TextEncoderPlacement
@@ -16,7 +19,7 @@ from img2img_server.engine.weight_files import TensorEntry, read_header, weights
 
 def weights_size(model: LocalModel, options: EngineOptions, device: torch.device) -> int:
     """Returns the bytes of a model's weights on the device. Parts that a single file does not hold
-    are not counted.
+    are counted where the folder of parts has them.
 
     Raises:
         ModelError: A file of weights is missing or damaged.
@@ -47,11 +50,30 @@ def _part_size(model: LocalModel, name: str, options: EngineOptions, device: tor
     if is_denoiser and options.quantization is not Quantization.OFF:
         width = 1
     if model.checkpoint is not None:
-        prefix = model.checkpoint.prefixes.get(name)
-        entries = read_header(model.path) if model.path.suffix == ".safetensors" else {}
-        held = (entry for key, entry in entries.items() if prefix and key.startswith(prefix))
-        return _size(held, width)
+        return _single_file_size(model, model.checkpoint, name, options, width)
     return _folder_size(model.path / name, width, allow_pickles=options.allow_pickles)
+
+
+def _single_file_size(
+    model: LocalModel, checkpoint: Checkpoint, name: str, options: EngineOptions, width: int
+) -> int:
+    """Returns the size of a part that a single file or the folder of parts holds."""
+    if (prefix := checkpoint.prefixes.get(name)) is not None:
+        others = tuple(it for it in checkpoint.prefixes.values() if len(it) > len(prefix))
+        shapes = read_shapes(model.path)
+        held = (
+            math.prod(shape)
+            for key, shape in shapes.items()
+            if key.startswith(prefix) and not key.startswith(others)
+        )
+        return sum(held) * width
+    if (parts := options.model_parts_dir) is None:
+        return 0
+    folder = folder_of(parts, model.family.name) / name
+    if folder.is_dir():
+        return _folder_size(folder, width, allow_pickles=options.allow_pickles)
+    file = file_of(parts, model.family.name, name)
+    return _size(read_header(file).values(), width) if file else 0
 
 
 def _folder_size(folder: Path, width: int, *, allow_pickles: bool) -> int:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # Schedulers of Turbo models, together with trailing timesteps.
 _TURBO = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 _EDM_GUIDANCE_SCALE = 3.0
+# the number of steps in the name of a distilled model, such as sdxl_lightning_4step_unet
+_STEPS = re.compile(r"(?<![a-z0-9.])([1-9]|1[0-6])[-_ ]?steps?(?![a-z])")
 # number of steps of the schedule from which LCM chooses its steps, the default of diffusers
 _LCM_STEPS = 50
 
@@ -72,7 +74,7 @@ class StableDiffusion(DiffusionFamily):
             is_embedded = self.guidance(files.config("unet")) is Guidance.EMBEDDED
             return 8, 8.5 if is_embedded else 1.5
         if own == "TCDScheduler" or "lightning" in names or "hyper-sd" in names:
-            steps = re.search(r"\b([1-9]|1[0-6])[-_ ]?steps?\b", names)
+            steps = _STEPS.search(names)
             return int(steps[1]) if steps else 8, 0.0
         is_plain = config.get("prediction_type", "epsilon") == "epsilon"
         is_trailing = config.get("timestep_spacing") == "trailing"
