@@ -110,7 +110,7 @@ class Away(MemoryControl):
 async def test_an_outage_of_nats_at_the_end_of_a_load_does_not_end_the_worker(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("img2img_server.worker.model_set.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("img2img_server.worker.model_workers.RETRY_SECONDS", 0.01)
     control = Away()
     bus, loader = replace(memory_bus(), control=control), FakeLoader(TWO)
     async with catalogue_worker(bus, loader) as worker, running_api(bus) as api:
