@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from img2img.v1 import job_pb2
+from img2img_server.api.cancel import Canceller
 from img2img_server.domain.events import StepFinished
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.domain.params import JobParams
@@ -60,6 +61,10 @@ class Seen:
         """Reads until the last sample has taken this step."""
         while step not in [number for _, number in self.steps]:
             await read_until(self.call, "step", self.messages)
+
+    @property
+    def job_id(self) -> int:
+        return int(self.messages[0].event.job.split("/")[1])
 
     async def to_end(self) -> job_pb2.Job:
         self.messages += [message async for message in self.call]
@@ -378,15 +383,64 @@ async def test_a_state_without_room_starts_the_job_again_as_before() -> None:
     assert (job.state, job.warning) == (job_pb2.Job.STATE_SUCCEEDED, "")
 
 
-async def test_a_suspended_job_can_be_cancelled() -> None:
+async def cancel(bus: Bus, job_id: int) -> None:
+    await Canceller(bus).cancel("dev", job_id)
+
+
+async def clear(bus: Bus, job_id: int) -> None:
+    assert await Canceller(bus).clear("dev") == 1
+
+
+@pytest.mark.parametrize(("end", "event"), [(cancel, "cancelled"), (clear, "failed")])
+async def test_a_suspended_job_that_ends_in_the_queue_leaves_no_state(
+    end: Callable[[Bus, int], Awaitable[None]], event: str
+) -> None:
     bus = memory_bus(ack_wait_seconds=60.0)
     async with running_api(bus) as api:
         seen = await suspended(bus, api, 3)
-        await api.cancel(seen.messages[0].event.job)
+        await end(bus, seen.job_id)
+        await seen.to_end()
+        assert states_of(bus) == {}
+        async with running_worker(bus, name="heir"):
+            pass
+    assert seen.messages[-1].event.HasField(event)
+    assert len(seen.starts) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "event"),
+    [({"cancel_requested": True}, "cancelled"), ({"attempt": 100}, "failed")],
+    ids=["cancelled", "failed"],
+)
+async def test_a_suspended_job_that_a_worker_ends_leaves_no_state(
+    changes: dict[str, Any], event: str
+) -> None:
+    bus = memory_bus(ack_wait_seconds=60.0)
+    async with running_api(bus) as api:
+        seen = await suspended(bus, api, 3)
+        stored = await bus.jobs.get("dev", seen.job_id)
+        assert stored
+        await bus.jobs.update(replace(stored.job, **changes), stored.revision)
         async with running_worker(bus, name="heir"):
             await seen.to_end()
+    assert seen.messages[-1].event.HasField(event)
+    assert states_of(bus) == {}
+
+
+async def test_a_job_that_ends_while_its_state_is_stored_leaves_no_state() -> None:
+    class CancelledMeanwhile(MemoryStates):
+        async def save(self, job_id: int, data: bytes) -> str:
+            key = await super().save(job_id, data)
+            await bus.workers.withdraw("old")  # So the job is cancelled at once.
+            await cancel(bus, job_id)
+            return key
+
+    bus = dataclasses.replace(memory_bus(ack_wait_seconds=60.0), states=CancelledMeanwhile())
+    async with running_api(bus) as api:
+        seen = await suspended(bus, api, 3)
+        await seen.to_end()
     assert seen.messages[-1].event.HasField("cancelled")
-    assert len(seen.starts) == 1
+    assert states_of(bus) == {}
 
 
 class HeldEngine(DiffusionEngine):

@@ -70,6 +70,7 @@ def lease(bus: Bus, stored: Any, writer: Any, name: str, deliveries: int = 1) ->
         engine=SimpleNamespace(model=SimpleNamespace(name="m")),
         jobs=bus.jobs,
         outbox=bus.outbox,
+        states=bus.states,
         max_attempts=3,
     )
 

@@ -15,6 +15,7 @@ from img2img_server.domain.events import Cancelled, Failed
 from img2img_server.domain.job import LAST_JOB_ID, Job, State, advance, terminal_event
 from img2img_server.interfaces.queue import OwnershipLostError
 from img2img_server.interfaces.records import ConflictError
+from img2img_server.interfaces.states import remove_state
 from img2img_server.nats.bus import Bus
 from img2img_server.webhooks.record import announce
 
@@ -35,6 +36,7 @@ class Canceller:
         self._control = bus.control
         self._outbox = bus.outbox
         self._workers = bus.workers
+        self._states = bus.states
 
     async def cancel(self, tenant: str, job_id: int) -> Job:
         """Cancels a job and returns it: cancelled, or running until its next step.
@@ -93,6 +95,7 @@ class Canceller:
             await self._queue.remove(job.queue_sequence)
         with suppress(errors.UnavailableError):  # A permit that stays is found when it is needed.
             await self._permits.release(job.permit)
+        await remove_state(self._states, job.suspended)
         log.info("queued_job_ended", job=job.id, state=job.state)
         return job
 

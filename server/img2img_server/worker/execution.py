@@ -28,6 +28,7 @@ from img2img_server.engine.base import (
 from img2img_server.imaging.base import InvalidImageError, Pixels
 from img2img_server.imaging.encode import preview_jpeg
 from img2img_server.interfaces.queue import Delivery, OwnershipLostError, size_of
+from img2img_server.interfaces.states import remove_state
 from img2img_server.lifecycle import first_of
 from img2img_server.tasks import background_task
 from img2img_server.telemetry import STEPS
@@ -41,7 +42,6 @@ from img2img_server.worker.states import (
     OTHERS_PAUSE_SECONDS,
     is_for_others,
     load_state,
-    remove_state,
     store_state,
 )
 
@@ -275,9 +275,8 @@ class JobExecution:
             warning = join_warnings(lease.job.warning, RESTARTED_WARNING)
             lease.job = replace(lease.job, warning=warning)
         is_taken = await lease.take(cancelled=self._cancelled)
-        if suspended:
-            await remove_state(self._deps, suspended)
         if is_taken:
+            await remove_state(self._deps.states, suspended)
             await self._work(lease, prepared, state)
 
     async def _work(

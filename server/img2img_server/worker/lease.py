@@ -39,6 +39,7 @@ from img2img_server.domain.job import (
 )
 from img2img_server.interfaces.queue import Delivery, EventWriter, OwnershipLostError
 from img2img_server.interfaces.records import ConflictError, Stored
+from img2img_server.interfaces.states import remove_state
 from img2img_server.telemetry import JOBS_ENDED, REDELIVERIES, STAGE_SECONDS
 from img2img_server.webhooks.record import announce
 from img2img_server.worker.deps import WorkerDeps
@@ -221,6 +222,7 @@ class JobLease:
         else:
             await self.delivery.ack()
         job = self.job
+        await remove_state(self._deps.states, job.suspended)
         JOBS_ENDED.labels(job.params.model, job.state).inc()
         if job.state is State.SUCCEEDED:
             self._deps.ledger.note(job)
@@ -250,7 +252,12 @@ class JobLease:
             times = timings or self.job.timings
             self.job = replace(self.job, suspended=suspended, timings=times)
         requeued = Queued(requeue_reason=reason)
-        await self._swap(requeued)
+        try:
+            await self._swap(requeued)
+        except IllegalTransitionError as error:
+            if error.job.state.is_terminal:  # It was cancelled while its state was stored.
+                await remove_state(self._deps.states, suspended)
+            raise
         await self.append(requeued)
         await self.delivery.nak()
         log.info("job_handed_back", with_state=suspended is not None)
@@ -263,6 +270,7 @@ class JobLease:
             await announce(self._deps.outbox, self._deps.jobs, self.job)
             await self.append(terminal_event(self.job))
         await self.delivery.ack()
+        await remove_state(self._deps.states, self.job.suspended)
 
     async def _swap(self, event: Event) -> Event:
         """Advances the record. Only a cancel request may have changed the record meanwhile.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from contextlib import suppress
 
 import structlog
 
@@ -82,9 +81,3 @@ def is_for_others(deps: WorkerDeps, job: Job) -> bool:
     if suspended is None or suspended.state_key == deps.engine.state_key:
         return False
     return clock.now() - suspended.time < OTHERS_SECONDS
-
-
-async def remove_state(deps: WorkerDeps, suspended: Suspended) -> None:
-    """Removes a state that is not needed any more. Without NATS, it expires."""
-    with suppress(errors.UnavailableError):
-        await deps.states.remove(suspended.key)
