@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from img2img.v1 import job_pb2
 from img2img_server.domain.models import ModelState, WorkerInfo
 from img2img_server.engine.catalogue import CatalogueModel
 from img2img_server.lifecycle import RestartError
@@ -19,7 +20,7 @@ from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine, FixedSafe
 from img2img_server.testing.memory_blobs import MemoryBlobStore
 from img2img_server.worker.model_loader import FoundModel, LoadedModel, NoRoomError
 from img2img_server.worker.server import work_catalogue
-from tests.stack import settings
+from tests.stack import Api, read_until, running_api, settings, spec
 
 MakeEngine = Callable[[str], FakeEngine]
 
@@ -147,6 +148,33 @@ async def catalogue_worker(
         stop.set()
         with suppress(RestartError):  # The worker is not restarted.
             await task
+
+
+async def run(api: Api, model: str) -> job_pb2.Job:
+    """Runs a job of the model to its end."""
+    job = await api.create(spec(model=model, strength=1.0))
+    return await api.reaches(job.name, job_pb2.Job.STATE_SUCCEEDED)
+
+
+async def run_over_a_swap(
+    bus: Bus, loader: FakeLoader, *, swap_seconds: float
+) -> list[tuple[int, list[int]]]:
+    """Runs a job of the model `a`, which is unloaded for a job of `b` in between.
+
+    Returns:
+        The attempt and the done steps of each start of the first job.
+    """
+    async with (
+        catalogue_worker(bus, loader, model_swap_seconds=swap_seconds),
+        running_api(bus) as api,
+    ):
+        job = await api.create(spec(model="a", strength=1.0))
+        await read_until(api.watch(job.name), "step")
+        await run(api, "b")
+        assert (await api.reaches(job.name, job_pb2.Job.STATE_SUCCEEDED)).attempt == 1
+        messages = await read_until(api.watch(job.name), "succeeded")
+    starts = [each.event.started for each in messages if each.event.HasField("started")]
+    return [(start.attempt, list(start.done_steps)) for start in starts]
 
 
 async def announced(bus: Bus, model: str, state: ModelState, worker: str = "w1") -> WorkerInfo:

@@ -21,7 +21,7 @@ from img2img_server.settings import Settings
 from img2img_server.telemetry import MODEL_LOADED, MODEL_SWAPS
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
-from tests.catalogues import FakeLoader, announced, catalogue_worker
+from tests.catalogues import FakeLoader, announced, catalogue_worker, run, run_over_a_swap
 from tests.stack import (
     Api,
     read_until,
@@ -40,11 +40,6 @@ def slow(name: str) -> FakeEngine:
     """Returns an engine that runs one job at a time, in a tenth of a second."""
     model = replace(FAKE_MODEL, name=name)
     return FakeEngine(model, step_seconds=0.025, max_batch_size=1, state_key=name)
-
-
-async def run(api: Api, model: str) -> job_pb2.Job:
-    job = await api.create(spec(model=model, strength=1.0))
-    return await api.reaches(job.name, SUCCEEDED)
 
 
 async def test_models_that_fit_stay_loaded() -> None:
@@ -111,19 +106,8 @@ async def test_a_running_job_that_outlasts_its_model_continues_after_the_next_lo
         return models[-1]
 
     loader = FakeLoader(THREE, budget=4, make=held)
-    async with (
-        catalogue_worker(bus, loader, model_swap_seconds=0.2),
-        running_api(bus) as api,
-    ):
-        first = await api.create(spec(model="a", strength=1.0))
-        await read_until(api.watch(first.name), "step")
-        await run(api, "b")
-        job = await api.reaches(first.name, SUCCEEDED)
-        messages = await read_until(api.watch(first.name), "succeeded")
-        models.clear()
-    starts = [m.event.started for m in messages if m.event.HasField("started")]
-    assert [(it.attempt, list(it.done_steps)) for it in starts] == [(1, []), (1, [2])]
-    assert job.attempt == 1
+    starts = await run_over_a_swap(bus, loader, swap_seconds=0.2)
+    assert starts == [(1, []), (1, [2])]
 
 
 async def test_a_model_that_fails_is_not_served_and_does_not_end_the_worker() -> None:

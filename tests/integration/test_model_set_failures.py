@@ -22,16 +22,10 @@ from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from img2img_server.testing.memory_queue import MemoryControl
 from img2img_server.testing.memory_records import MemoryWorkerRegistry
 from img2img_server.worker.model_loader import EngineLoader, FoundModel, LoadedModel
-from tests.catalogues import FakeLoader, announced, catalogue_worker
-from tests.stack import Api, read_until, running_api, settings, spec
+from tests.catalogues import FakeLoader, announced, catalogue_worker, run, run_over_a_swap
+from tests.stack import read_until, running_api, settings, spec
 
-SUCCEEDED = job_pb2.Job.STATE_SUCCEEDED
 TWO = {"a": 4, "b": 4}
-
-
-async def run(api: Api, model: str) -> job_pb2.Job:
-    job = await api.create(spec(model=model, strength=1.0))
-    return await api.reaches(job.name, SUCCEEDED)
 
 
 class LongStep(FakeEngine):
@@ -60,18 +54,8 @@ async def test_a_step_that_is_longer_than_the_hand_over_of_a_stop_keeps_its_job(
     monkeypatch.setattr("img2img_server.worker.worker.HAND_BACK_SECONDS", 0.05)
     bus, suspended = memory_bus(), asyncio.Event()
     loader = FakeLoader(TWO, budget=4, make=lambda name: LongStep(name, suspended))
-    async with (
-        catalogue_worker(bus, loader, model_swap_seconds=0.1),
-        running_api(bus) as api,
-    ):
-        first = await api.create(spec(model="a", strength=1.0))
-        await read_until(api.watch(first.name), "step")
-        await run(api, "b")
-        job = await api.reaches(first.name, SUCCEEDED)
-        messages = await read_until(api.watch(first.name), "succeeded")
-    starts = [m.event.started for m in messages if m.event.HasField("started")]
-    assert [(it.attempt, list(it.done_steps)) for it in starts] == [(1, []), (1, [2])]
-    assert job.attempt == 1
+    starts = await run_over_a_swap(bus, loader, swap_seconds=0.1)
+    assert starts == [(1, []), (1, [2])]
 
 
 async def test_a_stop_ends_the_wait_for_the_step_of_a_model_that_is_unloaded(
