@@ -22,6 +22,7 @@ from img2img_server.nats.subjects import DEAD, JOBS
 
 SEEDS = 6  # number of different requests
 STEPS = 8
+LONG_STEPS = 80  # A worker that stops has time to move such a job.
 ENDS_SECONDS = 180.0  # seconds after the last request until every job must have ended
 LEFT_SECONDS = 30.0  # seconds until the messages of ended jobs must be gone
 
@@ -36,6 +37,12 @@ class Followed:
     result: Result | None = None
     error: str = ""
     ended: float = 0.0
+    steps: int = STEPS
+    has_started: asyncio.Event = field(default_factory=asyncio.Event)  # or it has ended
+
+    @property
+    def starts(self) -> list[Started]:
+        return [event for _, event in self.events if isinstance(event, Started)]
 
 
 @dataclass
@@ -68,7 +75,7 @@ class Load:
         self._service = service
         self._client = client
         self._image = init_image()
-        self._expected: dict[int, tuple[str, ...]] = {}
+        self._expected: dict[tuple[int, int], tuple[str, ...]] = {}  # by seed and steps
         self._first = 0  # index of the first job of this scenario
         self._doubled = 0
         self.jobs: list[Followed] = []
@@ -80,17 +87,17 @@ class Load:
 
     async def calm(self) -> None:
         """Generates each image once without faults, for the comparison."""
-        jobs = [self.send(seed) for seed in range(SEEDS)]
+        jobs = [self.send(seed, steps) for steps in (STEPS, LONG_STEPS) for seed in range(SEEDS)]
         await asyncio.gather(*self._tasks)
         for job in jobs:
             assert job.result is not None, job.error
-            self._expected[job.seed] = _digests(job.result)
-        assert len(set(self._expected.values())) == SEEDS
+            self._expected[job.seed, job.steps] = _digests(job.result)
+        assert len(set(self._expected.values())) == len(jobs)
 
-    def send(self, seed: int | None = None) -> Followed:
+    def send(self, seed: int | None = None, steps: int = STEPS) -> Followed:
         """Starts a job and its caller."""
         seed = len(self.jobs) % SEEDS if seed is None else seed
-        job = Followed(seed, time.monotonic())
+        job = Followed(seed, time.monotonic(), steps=steps)
         self.jobs.append(job)
         task = asyncio.create_task(self._follow(job))
         self._tasks.add(task)
@@ -120,19 +127,27 @@ class Load:
                 height=256,
                 samples=2,
                 strength=1.0,
-                num_inference_steps=STEPS,
+                num_inference_steps=job.steps,
                 guidance_scale=1.0,
                 output_format="png",
                 detach=True,
             ) as stream:
                 async for event in stream:
                     job.events.append((time.monotonic(), event))
+                    if isinstance(event, Started):
+                        job.has_started.set()
                 job.result = await stream.result()
         except Img2ImgError as error:
             job.error = f"{type(error).__name__}: {error}"
         except asyncio.CancelledError:
             job.error = "the job did not end"
         job.ended = time.monotonic()
+        job.has_started.set()
+
+    def moved_jobs(self) -> int:
+        """Returns how many jobs another worker continued from a state."""
+        jobs = self.jobs[self._first :]
+        return sum(any(start.done_steps for start in job.starts) for job in jobs)
 
     def steps_between(self, start: float, end: float) -> int:
         """Returns the number of steps that callers saw between two monotonic times."""
@@ -170,7 +185,7 @@ class Load:
                 found.lost += 1
                 found.faults.append(f"lost: {job.error}")
                 continue
-            wrong = list(faults(job, self._expected[job.seed]))
+            wrong = list(faults(job, self._expected[job.seed, job.steps]))
             found.wrong += bool(wrong)
             found.faults += [f"wrong: {job.result.job.name}: {fault}" for fault in wrong]
             if attempts := wasted(job, loses_workers=loses_workers):

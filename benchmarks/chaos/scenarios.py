@@ -11,8 +11,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.chaos.load import Damage, Load, open_client
-from benchmarks.chaos.service import Role, Service, running_service
+from benchmarks.chaos.load import LONG_STEPS, Damage, Load, open_client
+from benchmarks.chaos.service import Service, running_service
 from img2img_client import AsyncClient
 from img2img_server.nats import subjects
 from tests.nats_cluster import nats_cluster
@@ -70,40 +70,40 @@ async def steady(load: Load, jobs_a_second: float) -> AsyncIterator[None]:
     await load.ended()
 
 
-async def _end_workers(
-    service: Service,
-    load: Load,
-    ends: int,
-    jobs: int,
-    seed: int,
-    end: Callable[[Role], Awaitable[object]],
-) -> None:
-    """Ends workers one after the other while they run jobs, and starts them again."""
-    draw, sent = random.Random(seed), 0
-    for number in range(ends):
-        for _ in range((jobs * (number + 1)) // ends - sent):
-            load.send()
-            sent += 1
-        await asyncio.sleep(draw.uniform(0.2, 0.8))
-        worker = draw.choice(service.workers)
-        await end(worker)
-        await worker.start()
-    await load.ended()
-
-
 async def killed_workers(service: Service, load: Load, short: bool) -> tuple[int, Damage]:
     """Kills workers while they run jobs."""
-    kills, jobs = (4, 20) if short else (50, 200)
-    await _end_workers(service, load, kills, jobs, 1, Role.kill)
+    kills, jobs = (4, 5) if short else (50, 4)
+    draw = random.Random(1)
+    for _ in range(kills):
+        for _ in range(jobs):
+            load.send()
+        await asyncio.sleep(draw.uniform(0.2, 0.8))
+        worker = draw.choice(service.workers)
+        await worker.kill()
+        await worker.start()
+    await load.ended()
     return kills, await load.damage(loses_workers=True)
 
 
 async def stopped_workers(service: Service, load: Load, short: bool) -> tuple[int, Damage]:
-    """Stops workers with SIGTERM while they run jobs."""
-    stops, jobs = (3, 12) if short else (20, 80)
-    await _end_workers(service, load, stops, jobs, 3, Role.stop)
+    """Stops workers with SIGTERM while they run long jobs, which idle workers continue."""
+    stops, jobs = 3 if short else 20, 4
+    draw = random.Random(3)
+    for _ in range(stops):
+        moving = load.send(steps=LONG_STEPS)
+        for _ in range(jobs - 1):
+            load.send()
+        await asyncio.sleep(draw.uniform(0.2, 0.8))
+        await moving.has_started.wait()
+        if moving.starts:  # Otherwise it counts as lost.
+            worker = service.worker(moving.starts[-1].worker)
+            await worker.stop()
+            await worker.start()
+    await load.ended()
     damage = await load.damage(loses_workers=False)
     damage.wasted += load.repeated_steps(damage)
+    if not load.moved_jobs():
+        damage.faults.append("no job was moved with its state")
     return stops, damage
 
 

@@ -145,6 +145,10 @@ class Service:
         self._exits.push_async_callback(role.stop)
         return role
 
+    def worker(self, name: str) -> Role:
+        """Returns the worker with this name."""
+        return self.workers[WORKERS.index(name)]
+
     async def start(self) -> None:
         """Starts two apis and three workers."""
         for index, port in enumerate(self._api_ports):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -18,8 +18,8 @@ from tests.fake_job import events, job
 START: dict[str, Any] = {"sequence": 0, "event_time": None, "job_name": "jobs/10000001"}
 
 
-def started() -> Started:
-    return Started(**START, worker="one", model="fake", attempt=1)
+def started(*done_steps: int) -> Started:
+    return Started(**START, worker="one", model="fake", attempt=1, done_steps=done_steps)
 
 
 def stepped() -> StepFinished:
@@ -56,6 +56,16 @@ def test_an_attempt_that_no_worker_began_is_wasted_where_workers_are_lost(
 def test_every_further_attempt_is_wasted_where_no_worker_is_lost() -> None:
     twice = followed(2, started(), stepped(), started(), stepped())
     assert load.wasted(twice, loses_workers=False) == 1
+
+
+def test_jobs_that_continue_from_a_state_are_moved() -> None:
+    sent = load.Load(cast("Any", None), cast("Any", None))
+    sent.jobs.append(followed(1, started(), stepped(), requeued(), started(1, 1), stepped()))
+    sent.begin()
+    sent.jobs.append(followed(1, started(), stepped(), requeued(), started(), stepped()))
+    assert sent.moved_jobs() == 0
+    sent.jobs.append(sent.jobs[0])
+    assert sent.moved_jobs() == 1
 
 
 def test_gaps_second_ends_and_other_images_are_wrong() -> None:
