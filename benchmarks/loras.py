@@ -1,8 +1,7 @@
 """Measures the throughput of an engine with LoRAs, in pairs in one run.
 
-16 rows are in flight: without a LoRA, with one, and with four. The LoRAs are in the weights, so
-that rows with different ones take turns, or next to the layers, so that they share batches. The
-seconds of the CPU do not depend on other processes.
+The rows in flight have no LoRA, one or four. The LoRAs are in the weights, so that rows with
+different ones take turns, or next to the layers, so that they share batches.
 
     python -m benchmarks.loras [--model DIR | --architecture NAME] [--side 256] [--rank 16]
 """
@@ -11,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import queue
 import statistics
 import tempfile
@@ -37,7 +37,6 @@ from img2img_server.engine.engine import DiffusionEngine
 from img2img_server.engine.model_spec import ModelSpec, read_model_spec
 from img2img_server.engine.options import ModelOptions
 
-ROWS = 16
 NAMES = ("a", "b", "c", "d")
 # The layers that most LoRA files change.
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
@@ -92,8 +91,10 @@ def write_loras(denoiser: DiffusersDenoiser, folder: Path, rank: int) -> None:
         save_file(file, folder / f"{name}.safetensors")
 
 
-def run(denoiser: Timed, engine: DiffusionEngine, loras: int, side: int, steps: int) -> Times:
-    """Runs 16 jobs at once."""
+def run(
+    denoiser: Timed, engine: DiffusionEngine, rows: int, loras: int, side: int, steps: int
+) -> Times:
+    """Runs jobs of one row at once."""
     ends: queue.SimpleQueue[EngineEvent] = queue.SimpleQueue()
 
     def sink(event: EngineEvent) -> None:
@@ -102,7 +103,7 @@ def run(denoiser: Timed, engine: DiffusionEngine, loras: int, side: int, steps: 
 
     image, began = photo(side), time.monotonic()
     denoiser.steps, denoiser.wall, denoiser.cpu = 0, 0.0, 0.0
-    for number in range(ROWS):
+    for number in range(rows):
         own = (Lora(NAMES[number % loras]),) if loras else ()
         params = JobParams(
             prompt="a boat",
@@ -113,7 +114,7 @@ def run(denoiser: Timed, engine: DiffusionEngine, loras: int, side: int, steps: 
             scheduler=engine.model.schedulers[0],
         )
         engine.submit(EngineJob(job_id=number, tenant="t", params=params, init_image=image), sink)
-    for _ in range(ROWS):
+    for _ in range(rows):
         event = ends.get()
         if isinstance(event, JobFailed):
             raise event.error
@@ -123,7 +124,7 @@ def run(denoiser: Timed, engine: DiffusionEngine, loras: int, side: int, steps: 
 
 
 def measure(
-    model: str, architecture: str, side: int, steps: int, rank: int, rounds: int
+    model: str, architecture: str, rows: int, side: int, steps: int, rank: int, rounds: int
 ) -> dict[str, object]:
     """Returns the report: medians of the rounds."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -138,12 +139,12 @@ def measure(
         else:
             pipeline, _ = load_pipeline(find_model(spec.source), device, dtype, ModelOptions())
         write_loras(DiffusersDenoiser(pipeline), folder, rank)
-        denoiser = Timed(pipeline, lora_dir=folder, max_batch_size=ROWS)
-        engine = DiffusionEngine(denoiser, replace(spec, loras=denoiser.loras), ROWS, None)
+        denoiser = Timed(pipeline, lora_dir=folder, max_batch_size=rows)
+        engine = DiffusionEngine(denoiser, replace(spec, loras=denoiser.loras), rows, None)
 
         def time_of(mode: str, loras: int) -> Times:
-            denoiser._denoiser_loras._takes_branches = mode == "branch"
-            return run(denoiser, engine, loras, side, steps)
+            denoiser._denoiser_loras._most_work = math.inf if mode == "branch" else 0.0
+            return run(denoiser, engine, rows, loras, side, steps)
 
         try:
             for case in CASES:
@@ -157,13 +158,14 @@ def measure(
     return {
         "hardware": hardware(device, dtype),
         "model": spec.name,
+        "rows": rows,
         "side": side,
         "steps": steps,
         "rank": rank,
         "rounds": rounds,
         "cases": {
             f"{loras} LoRAs, {mode}": {
-                "images_per_second": ROWS / statistics.median(it.wall for it in times),
+                "images_per_second": rows / statistics.median(it.wall for it in times),
                 "step_ms": 1000 * statistics.median(it.step_wall for it in times),
                 "step_cpu_ms": 1000 * statistics.median(it.step_cpu for it in times),
             }
@@ -176,6 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="")
     parser.add_argument("--architecture", default="", choices=sorted(ARCHITECTURES))
+    parser.add_argument("--rows", type=int, default=16, help="in flight")
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rank", type=int, default=16)
@@ -185,6 +188,7 @@ def main() -> None:
     report = measure(
         options.model,
         options.architecture,
+        options.rows,
         options.side,
         options.steps,
         options.rank,

@@ -244,7 +244,7 @@ def test_of_a_lora_that_was_written_in_half_nothing_stays(
     plain, inked = job(**WANTED), job(loras=named("ink"), **WANTED)
     untouched, denoiser = load(written), load(written)
     for each in (untouched, denoiser):
-        each._denoiser_loras._takes_branches = False
+        each._denoiser_loras._most_work = 0.0
     with running(untouched, loras=untouched.loras) as engine:
         expected = [images(run(engine, each))[0] for each in (plain, inked)]
 

@@ -19,6 +19,8 @@ from img2img_server.engine.base import JobFailed
 from img2img_server.engine.denoiser import Adapter, Conditioning, TextInput
 from img2img_server.engine.diffusers import lora_branch
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
+from img2img_server.engine.diffusers.lora_layers import Part
+from img2img_server.engine.diffusers.lora_use import most_branch_work
 from img2img_server.engine.diffusers.lora_weights import WrittenLoras
 from img2img_server.engine.options import Compile, ModelOptions
 from tests.engine_bench import BOUND, ReplyInbox, difference, images, job, run, running
@@ -31,7 +33,17 @@ WANTED: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "stre
 
 
 def load(model: Path, folder: Path, kind: type[DiffusersDenoiser] = DiffusersDenoiser) -> Any:
-    return kind.load(str(model), CPU, torch.float32, ModelOptions(lora_dir=folder))
+    """Loads a model that computes the same LoRAs next to its layers as on a GPU."""
+    denoiser: Any = kind.load(str(model), CPU, torch.float32, ModelOptions(lora_dir=folder))
+    for part in Part:
+        loras_of(denoiser, part)._most_work = most_branch_work(
+            torch.device("cuda"), is_compiled=False
+        )
+    return denoiser
+
+
+def loras_of(denoiser: Any, part: Part) -> Any:
+    return denoiser._text_loras if part is Part.TEXT else denoiser._denoiser_loras
 
 
 def write_loras(denoiser: DiffusersDenoiser, folder: Path, pattern: str = "") -> None:
@@ -100,7 +112,7 @@ def test_each_row_of_a_batch_has_its_own_loras(family: str, tmp_path: Path) -> N
         together = outputs(mixed, rows)
         again = [*outputs(mixed, rows[:2]), *outputs(mixed, [*rows[:2], ()])]
         assert not mixed._denoiser_loras._weights._kept, "no weight is stored twice"
-        mixed._denoiser_loras._takes_branches = False
+        mixed._denoiser_loras._most_work = 0.0
         alone = [outputs(mixed, [row])[0] for row in rows]
     size = alone[1].abs().max().item()
     for place, (found, expected) in enumerate(zip(together, alone, strict=True)):
@@ -132,6 +144,29 @@ def test_loras_of_layers_without_a_row_for_each_forward_do_not_share_batches(
     found = load(source, tmp_path / "loras")
     keys = {found.adapter_key((found.adapter(name, 1.0),)) for name in ("ink", "oil")}
     assert len(keys) == 2
+
+
+@pytest.mark.parametrize(
+    ("pattern", "share_on_a_cpu"),
+    [(r"mid_block\..*\.to_q", False), (r"mid_block\..*\.conv1", True)],
+    ids=["6.2 % of the work", "3.5 % of the work"],
+)
+def test_on_a_cpu_only_loras_with_little_work_share_batches(
+    pattern: str, share_on_a_cpu: bool, tmp_path: Path
+) -> None:
+    source = write_sd(tmp_path / "model")
+    on_cpu = DiffusersDenoiser.load(str(source), CPU, torch.float32)
+    write_loras(on_cpu, tmp_path / "loras", pattern)
+    options = ModelOptions(lora_dir=tmp_path / "loras")
+    on_cpu = DiffusersDenoiser.load(str(source), CPU, torch.float32, options)
+    as_on_gpu = load(source, tmp_path / "loras")
+
+    def share(denoiser: DiffusersDenoiser) -> bool:
+        rows = [(denoiser.adapter(name, 1.0),) for name in ("ink", "oil")]
+        return len({denoiser.adapter_key(row) for row in rows}) == 1
+
+    assert share(on_cpu) is share_on_a_cpu
+    assert share(as_on_gpu)
 
 
 class Recording(DiffusersDenoiser):
@@ -203,7 +238,7 @@ def test_jobs_with_other_loras_share_batches_and_have_the_images_of_theirs_alone
 
     denoiser = load(source / "model", source / "loras")
     for loras in (denoiser._denoiser_loras, denoiser._text_loras):
-        loras._takes_branches = False
+        loras._most_work = 0.0
     with running(denoiser, loras=denoiser.loras) as engine:
         alone = [images(run(engine, each))[0] for each in wanted]
 

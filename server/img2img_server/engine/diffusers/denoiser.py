@@ -37,7 +37,7 @@ from img2img_server.engine.diffusers.load import (
 from img2img_server.engine.diffusers.local_model import LocalModel, find_model
 from img2img_server.engine.diffusers.lora import LoraSet
 from img2img_server.engine.diffusers.lora_layers import Part
-from img2img_server.engine.diffusers.lora_use import LoraUse
+from img2img_server.engine.diffusers.lora_use import LoraUse, most_branch_work
 from img2img_server.engine.diffusers.placement import PlacedPart, modules, placed_parts
 from img2img_server.engine.diffusers.schedules import Schedules
 from img2img_server.engine.diffusers.text import TextEncoder
@@ -122,9 +122,9 @@ class DiffusersDenoiser:
         )
         self._text = TextEncoder(self._model, self._family, options.text_encoder_placement)
         self._loras = LoraSet(self._model, self._family, lora_dir)
-        # Layers of compiled models cannot be changed.
-        self._denoiser_loras = LoraUse(Part.DENOISER, takes_branches=not is_compiled)
-        self._text_loras = LoraUse(Part.TEXT, takes_branches=not is_compiled)
+        most_work = most_branch_work(self.device, is_compiled=is_compiled)
+        self._denoiser_loras = LoraUse(Part.DENOISER, most_work)
+        self._text_loras = LoraUse(Part.TEXT, most_work)
         self._embeddings = EmbeddingSet(self._model, self._family, embeddings_dir)
         self._codec = self._family.codec(pipeline.vae, options.vae_tile_pixels)
         self._tiny = Autoencoder(tiny_vae, options.vae_tile_pixels) if tiny_vae else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,6 @@ from img2img_server.engine.diffusers.families.base import Family
 from img2img_server.engine.diffusers.lora_forms import Change
 from img2img_server.engine.diffusers.watched_folder import Seen
 from img2img_server.errors import EngineError
-
-# A branch with more work than this share of the work of its layers is slower than the weights are
-# written.
-_MOST_WORK = 0.5
 
 
 class Part(StrEnum):
@@ -51,11 +48,21 @@ class LoraContent:
     Attributes:
         changes: The changes of weights by part.
         branches: The same changes as factors, by part; None for a part with a change that has no
-            factors, or whose factors are too large to pay.
+            factors.
     """
 
     changes: Mapping[Part, tuple[Change, ...]]
     branches: Mapping[Part, tuple[LowRank, ...] | None]
+
+    def branch_work(self, part: Part) -> float:
+        """Returns the work of the factors of a part as a share of the work of their layers,
+        infinity if a change has no factors.
+        """
+        branches = self.branches[part]
+        if branches is None:
+            return math.inf
+        work = sum(low.down.numel() + low.up.numel() for low in branches)
+        return work / max(1, sum(change.weight.numel() for change in self.changes[part]))
 
     @classmethod
     def of(cls, changes: Sequence[Change], family: Family) -> Self:
@@ -81,7 +88,7 @@ def content_of(adapter: Adapter) -> LoraContent:
 
 
 def _factors(changes: Sequence[Change], unbatched: str) -> tuple[LowRank, ...] | None:
-    """Returns the changes as factors, or None if one has none or if they do not pay.
+    """Returns the changes as factors, or None if one has none.
 
     Args:
         unbatched: A pattern of the layers whose input has not one row for each forward.
@@ -92,8 +99,7 @@ def _factors(changes: Sequence[Change], unbatched: str) -> tuple[LowRank, ...] |
         if low is None or re.fullmatch(unbatched, change.layer):
             return None
         found.append(low)
-    work = sum(low.down.numel() + low.up.numel() for low in found)
-    return tuple(found) if work <= _MOST_WORK * sum(it.weight.numel() for it in changes) else None
+    return tuple(found)
 
 
 def _factors_of(change: Change) -> LowRank | None:

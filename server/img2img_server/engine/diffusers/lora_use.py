@@ -5,22 +5,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
+import torch
+
 from img2img_server.engine.denoiser import Adapter
 from img2img_server.engine.diffusers.lora_branch import Branches, Group
 from img2img_server.engine.diffusers.lora_layers import Part, content_of
 from img2img_server.engine.diffusers.lora_weights import WrittenLoras
+
+# A GPU takes a larger batch for little more, so a branch pays unless it has half the work of its
+# layers. On a CPU a larger batch saves hardly anything: only a branch that is hardly noticed pays,
+# because no weights are written when the next row has another LoRA.
+_MOST_WORK, _MOST_WORK_ON_A_CPU = 0.5, 0.05
+
+
+def most_branch_work(device: torch.device, *, is_compiled: bool) -> float:
+    """Returns the share of the work of its layers up to which a LoRA is computed next to them."""
+    if is_compiled:
+        return 0.0  # Layers of compiled models cannot be changed.
+    return _MOST_WORK_ON_A_CPU if device.type == "cpu" else _MOST_WORK
 
 
 class LoraUse:
     """The LoRAs of one part of the model.
 
     Args:
-        takes_branches: Whether layers may add changes; not in compiled models.
+        most_work: A LoRA is computed next to the layers if its factors take at most this share of
+            the work of the layers; 0: never.
     """
 
-    def __init__(self, part: Part, *, takes_branches: bool) -> None:
+    def __init__(self, part: Part, most_work: float) -> None:
         self._part = part
-        self._takes_branches = takes_branches
+        self._most_work = most_work
         self._weights = WrittenLoras(part)
         self._branches = Branches(part)
 
@@ -41,9 +56,9 @@ class LoraUse:
         )
 
     def _has_branches(self, adapter: Adapter) -> bool:
-        if adapter.content is None or not self._takes_branches:
+        if adapter.content is None:
             return False
-        return content_of(adapter).branches[self._part] is not None
+        return 0 < content_of(adapter).branch_work(self._part) <= self._most_work
 
     def use_for_all(self, adapters: Sequence[Adapter]) -> None:
         """Applies adapters to all inputs, of any number of rows."""
