@@ -703,6 +703,26 @@ async def test_a_deadline_that_cannot_be_met_is_refused_and_retried_only_if_wait
         assert not retried or found.retry_seconds >= 1.0
 
 
+async def test_a_deadline_counts_the_step_that_runs_although_the_caller_asked_for_too_few() -> None:
+    bus = memory_bus()
+    await known_model(bus)
+    async with running_api(bus) as api:
+        worker = WorkerInfo(
+            name="w1",
+            model=FAKE_MODEL,
+            device="cpu",
+            job_seconds=4.0,
+            forward_seconds=400.0,
+            job_forward_seconds=400.0,
+        )
+        await bus.workers.announce(worker)
+        request = service_pb2.GenerateRequest(spec=spec(strength=0.04, num_inference_steps=20))
+        call = api.stub.Generate(request, metadata=DEV, timeout=20.0)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        assert refusal(caught.value).reason == "DEADLINE_TOO_SHORT"
+
+
 async def test_health_answers_without_a_key() -> None:
     async with running_stack() as stack:
         health = health_pb2_grpc.HealthStub(stack.api.channel)

@@ -58,6 +58,7 @@ async def test_a_model_of_each_family_serves_what_it_announces(
             strength=1.0,
             num_inference_steps=2,
             strength_mode=job_pb2.STRENGTH_MODE_NOISE_LEVEL,
+            preview_interval_steps=50,
         )
         ended = [message.event async for message in stack.api.generate(strong)][-1].succeeded.job
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -68,6 +69,8 @@ async def test_a_model_of_each_family_serves_what_it_announces(
     assert model.family == family
     assert ended.denoising_steps >= 2
     assert ended.start_noise > 0.9
+    no_preview = "No preview is sent: preview_interval_steps is 50 and"
+    assert f"{no_preview} {ended.denoising_steps} steps run." in ended.warning
     has_influence = ended.start_noise < 0.9999
     assert ("At strength 1 the init image had no influence." in ended.warning) is not has_influence
     assert not (has_influence and model.kind == model.KIND_FLOW)

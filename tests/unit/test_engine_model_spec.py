@@ -109,6 +109,26 @@ def test_the_refiner_of_sdxl_is_refused_by_name(tmp_path: Path) -> None:
         read_model_spec(str(write_model(tmp_path, model_index=index)))
 
 
+def test_a_model_with_the_second_text_encoder_of_sdxl_only_is_the_refiner(tmp_path: Path) -> None:
+    index = {"_class_name": "StableDiffusionXLPipeline", "text_encoder": [None, None]}
+    with pytest.raises(ModelError, match="the SDXL refiner is not served"):
+        read_model_spec(str(write_model(tmp_path, model_index=index)))
+
+
+def test_a_divisor_of_sides_in_the_toml_cannot_be_less_than_the_familys(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, "[sizes]\nmultiple = 12")
+    assert read_model_spec(str(folder)).multiple == 24
+
+
+def test_a_flow_matching_model_takes_the_name_that_user_interfaces_have(tmp_path: Path) -> None:
+    folder = write_model(
+        tmp_path,
+        "[defaults]\nscheduler = 'Euler'",
+        model_index={"_class_name": "Lumina2Pipeline"},
+    )
+    assert read_model_spec(str(folder)).scheduler == "flow_match_euler"
+
+
 def test_the_toml_wins_over_what_is_found(tmp_path: Path) -> None:
     toml = """
         name = "atelier"
@@ -156,6 +176,10 @@ def test_a_hub_id_is_passed_on(tmp_path: Path) -> None:
     [
         ("name = ", "is no TOML"),
         ("colour = 1", "colour: Extra inputs are not permitted"),
+        (
+            "[defaults]\nguidance_scale = 31",
+            "defaults.guidance_scale: Input should be less than or equal to 30",
+        ),
         ("[defaults]\nstrength = 2", "defaults.strength: Input should be less than or equal to 1"),
         ("[defaults]\nscheduler = 'kdpm2'", "scheduler 'kdpm2' of .* is not one of ddim, euler,"),
     ],

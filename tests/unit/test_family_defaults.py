@@ -60,6 +60,17 @@ def test_sides_do_not_exceed_the_positions_that_the_model_knows() -> None:
     assert traits("StableDiffusion3Pipeline", transformer=config).max_side == 1024
 
 
+@pytest.mark.parametrize(
+    ("name", "steps"), [("stable-diffusion-3.5-large-turbo", 4), ("sd3.5_medium_turbo_8steps", 8)]
+)
+def test_stable_diffusion_3_turbo_is_known_by_its_name(name: str, steps: int) -> None:
+    index, config = {"_class_name": "StableDiffusion3Pipeline"}, {"qk_norm": "rms_norm"}
+    files = ModelFiles(index, {"transformer": config}, name)
+    found = detect(files, name).traits(files)
+
+    assert (found.num_inference_steps, found.guidance_scale) == (steps, 1.0)
+
+
 def test_chroma_has_classifier_free_guidance() -> None:
     found = traits("ChromaPipeline", transformer=FLUX)
 
@@ -121,6 +132,14 @@ def test_qwen_image_lightning_is_known_by_its_fixed_shift(
     assert (found.native_size, found.guidance) == (1328, Guidance.CLASSIFIER_FREE)
 
 
+def test_qwen_image_lightning_has_the_steps_of_its_name() -> None:
+    index = {"_class_name": "QwenImagePipeline"}
+    files = ModelFiles(index, {}, "Qwen-Image-Lightning-4steps")
+    found = detect(files, "the model").traits(files)
+
+    assert (found.num_inference_steps, found.guidance_scale) == (4, 1.0)
+
+
 def test_edit_models_of_qwen_image_are_refused() -> None:
     with pytest.raises(ModelError, match="QwenImageEditPipeline, which is not served"):
         traits("QwenImageEditPipeline")
@@ -172,6 +191,7 @@ ANCESTRAL = {**TRAILING, "_class_name": "EulerAncestralDiscreteScheduler"}
         ("sdxl_lightning_4step", TRAILING, 4, 0.0),
         ("sdxl_lightning_2step_unet", TRAILING, 2, 0.0),
         ("Hyper-SDXL-1step-Unet", TRAILING, 1, 0.0),
+        ("Hyper_SDXL_1step", TRAILING, 1, 0.0),
         ("RealVisXL_Lightning", {"_class_name": "DPMSolverMultistepScheduler"}, 8, 0.0),
         ("DreamShaper-XL-Turbo", {"_class_name": "DPMSolverMultistepScheduler"}, 8, 2.0),
         ("DreamShaper-LCM", {"_class_name": "LCMScheduler"}, 8, 1.5),

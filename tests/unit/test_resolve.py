@@ -122,6 +122,11 @@ def test_what_is_open_is_the_models_own() -> None:
             "No preview is sent: preview_interval_steps is 12 and 12 steps run.",
         ),
         ({"preview_interval_steps": 11}, ""),
+        ({"preview_interval_steps": 12, "scheduler": "heun"}, ""),
+        (
+            {"preview_interval_steps": 23, "scheduler": "heun"},
+            "No preview is sent: preview_interval_steps is 23 and 23 steps run.",
+        ),
         (
             {"preview_interval_steps": 1, "num_inference_steps": 2},
             "No preview is sent: preview_interval_steps is 1 and 1 step runs.",
@@ -137,24 +142,38 @@ def test_options_without_effect_are_named(fields: dict[str, Any], reported: str)
     assert resolved(**{"strength": 0.6, **fields})[1] == ([reported] if reported else [])
 
 
-def test_a_negative_prompt_that_the_model_cannot_take_is_named() -> None:
-    model = replace(MODEL, takes_negative_prompt=False)
-    assert resolved(model, negative_prompt="n")[1] == [
+@pytest.mark.parametrize("scale", [0.0, 1.0, 7.5])
+def test_a_negative_prompt_that_the_model_cannot_take_is_named(scale: float) -> None:
+    model = replace(MODEL, takes_negative_prompt=False, guidance=Guidance.EMBEDDED)
+    assert resolved(model, negative_prompt="n", guidance_scale=scale)[1] == [
         "negative_prompt has no effect: the model m uses none."
     ]
+
+
+def test_a_guidance_scale_without_effect_is_named() -> None:
+    model = replace(MODEL, guidance=Guidance.NONE)
+    assert resolved(model)[1] == []
+    assert resolved(model, guidance_scale=3.0)[1] == [
+        "guidance_scale has no effect: the model m does not take it."
+    ]
+    assert resolved(replace(model, guidance=Guidance.EMBEDDED), guidance_scale=3.0)[1] == []
 
 
 @pytest.mark.parametrize(
     ("fields", "reported"),
     [
-        ({"negative_prompt": "n", "true_cfg_scale": 2.0, "guidance_scale": 1.0}, ""),
+        ({"negative_prompt": "n", "true_cfg_scale": 2.0}, ""),
         ({"true_cfg_scale": 2.0}, "true_cfg_scale has no effect without negative_prompt."),
         (
-            {"negative_prompt": "n", "guidance_scale": 7.0},
+            {"negative_prompt": "n"},
             "negative_prompt has no effect: true_cfg_scale is 1, and only above 1 is it used.",
         ),
+        (
+            {"negative_prompt": "n", "true_cfg_scale": 0.0},
+            "negative_prompt has no effect: true_cfg_scale is 0, and only above 1 is it used.",
+        ),
     ],
-    ids=["both", "no negative prompt", "no scale"],
+    ids=["both", "no negative prompt", "no scale", "scale 0"],
 )
 def test_a_model_with_its_own_guidance_takes_a_negative_prompt_with_true_cfg_scale(
     fields: dict[str, Any], reported: str

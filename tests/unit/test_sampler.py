@@ -15,13 +15,24 @@ from diffusers import FluxImg2ImgPipeline
 from diffusers.pipelines.flux.pipeline_flux_img2img import calculate_shift
 from torch import Tensor
 
-from img2img_server.domain.schedulers import SPELLINGS, model_runs, scheduler_name
+from img2img_server.domain.schedulers import (
+    SPELLINGS,
+    model_runs,
+    offered_name,
+    scheduler_name,
+)
 from img2img_server.domain.strength import StrengthMode
 from img2img_server.engine.diffusers.families.base import Family, FlowFamily
 from img2img_server.engine.diffusers.families.lcm import LatentConsistency
 from img2img_server.engine.diffusers.families.sana_sprint import SanaSprint
 from img2img_server.engine.diffusers.families.sd import StableDiffusion
-from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS, SAMPLERS, own_sampler
+from img2img_server.engine.diffusers.samplers import (
+    DIFFUSION_SAMPLERS,
+    EDM_SAMPLERS,
+    FLOW_SAMPLERS,
+    SAMPLERS,
+    own_sampler,
+)
 from img2img_server.engine.diffusers.schedules import Schedules, _parts, make_scheduler
 from img2img_server.engine.sampler import (
     Schedule,
@@ -188,10 +199,11 @@ def test_flow_matching_follows_its_stock_scheduler(config: str) -> None:
         torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4, msg=str(run))
 
 
-def test_a_single_step_that_stock_diffusers_turns_into_no_number_is_refused() -> None:
+def test_a_single_step_that_stock_diffusers_turns_into_no_number_is_not_stretched() -> None:
     schedules = Schedules(FlowFamily(), FLOW_CONFIGS["stretched to a terminal"])
-    with pytest.raises(ValueError, match="scheduler flow_match_euler cannot run 1 steps"):
-        schedules.get("flow_match_euler", 1, 1.0, *SIZE)
+    for mode in StrengthMode:
+        found = schedules.get("flow_match_euler", 1, 1.0, *SIZE, mode)
+        assert (found.init_signal, found.init_noise, len(found.steps)) == (0.0, 1.0, 1)
 
 
 def test_a_schedule_depends_on_the_size_only_with_a_dynamic_shift() -> None:
@@ -253,10 +265,32 @@ def test_a_schedule_is_derived_once() -> None:
         ("FlowMatchEulerDiscreteScheduler", "flow_match_euler"),
         ("DPM++ 2S a", "DPM++ 2S a"),
         ("DPM2", "DPM2"),
+        ("k_euler_a", "euler_a"),
+        ("Euler Karras", "Euler Karras"),
+        ("Euler \u00e5", "Euler \u00e5"),
     ],
 )
 def test_a_scheduler_has_one_name_for_all_its_spellings(text: str, name: str) -> None:
     assert scheduler_name(text) == name
+
+
+@pytest.mark.parametrize(
+    ("text", "offered", "name"),
+    [
+        ("Euler", DIFFUSION_SAMPLERS, "euler"),
+        ("Euler", FLOW_SAMPLERS, "flow_match_euler"),
+        ("EulerDiscreteScheduler", EDM_SAMPLERS, "edm_euler"),
+        ("DPM++ 2M", EDM_SAMPLERS, "edm_dpmpp_2m"),
+        ("DPM++ 2M", FLOW_SAMPLERS, "dpmpp_2m"),
+        ("Euler a", FLOW_SAMPLERS, "euler_a"),
+        ("Euler", ("scm",), "euler"),
+        ("Euler", (), "euler"),
+    ],
+)
+def test_a_spelling_means_the_sampler_of_the_models_kind(
+    text: str, offered: tuple[str, ...], name: str
+) -> None:
+    assert offered_name(text, offered) == name
 
 
 def test_every_sampler_has_its_spellings() -> None:
@@ -371,8 +405,16 @@ def test_families_with_schedules_of_their_own_take_a_noise_level() -> None:
     for run, share in zip(from_noise(SanaSprint(), {}, ["scm"]), SHARES, strict=True):
         assert run.noise_share == pytest.approx(share, abs=1e-6)
     for run, share in zip(from_noise(LatentConsistency(), SD, ["lcm"]), SHARES, strict=True):
-        assert len(run.steps) == 4
-        assert run.noise_share == pytest.approx(share, abs=0.05) or share < 0.4
+        assert run.noise_share == pytest.approx(share, abs=0.08) or share < 0.1
+
+
+@pytest.mark.parametrize(("share", "steps"), [(0.01, 1), (0.3, 4), (0.9, 29), (1.0, 50)])
+def test_a_consistency_model_runs_only_the_steps_below_a_noise_level(
+    share: float, steps: int
+) -> None:
+    run = Schedules(LatentConsistency(), SD).get("lcm", 50, share, *SIZE, NOISE)
+    assert len(run.steps) == steps
+    assert run.noise_share == pytest.approx(share, abs=0.05) or share < 0.1
 
 
 def test_no_step_runs_from_no_noise() -> None:

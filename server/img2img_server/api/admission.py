@@ -253,7 +253,9 @@ class Admission:
         Returns:
             The init image, the number of jobs before this one and the seconds until it ends.
         """
-        params, tenant = request.params, caller.principal.tenant
+        tenant = caller.principal.tenant
+        limits = model.limits(self._deps.limits, request.params.scheduler)
+        params, _ = resolve(request.params, model, limits)  # The number of steps that will run.
         if self._fit(request, model) is None:  # The size is known without the init image.
             estimating = self._estimator.new_job(params, tenant, model)
             async with background_task(estimating) as estimate:

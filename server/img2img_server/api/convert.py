@@ -23,7 +23,7 @@ from img2img_server.domain.job import Job, State
 from img2img_server.domain.models import ModelInfo, WorkerInfo
 from img2img_server.domain.params import RANDOM_SEED, JobParams, Limits, Lora
 from img2img_server.domain.resolve import complete
-from img2img_server.domain.schedulers import scheduler_name
+from img2img_server.domain.schedulers import offered_name
 from img2img_server.domain.urls import NotHttpError, UrlError, parse_url
 from img2img_server.domain.violations import Violation, not_supported, required
 from img2img_server.imaging.base import FetchError, InvalidImageError
@@ -105,7 +105,8 @@ def request(
     if given.get("seed", RANDOM_SEED) == RANDOM_SEED:
         given["seed"] = random_seed
     if "scheduler" in given:
-        given["scheduler"] = scheduler_name(spec.scheduler)
+        offered = model.schedulers if model else ()
+        given["scheduler"] = offered_name(spec.scheduler, offered)
     params = complete({**given, "model": model_name}, model, limits)
     upload = spec.init_image.upload
     return Request(params, frozenset(given), data, upload, violations)
@@ -180,6 +181,8 @@ def model(info: ModelInfo, workers: list[WorkerInfo], limits: Limits) -> service
     message.max_num_inference_steps = min(
         info.max_num_inference_steps, limits.max_num_inference_steps
     )
+    # Models that skip no layers take every number, without effect.
+    message.max_clip_skip = info.max_clip_skip
     message.workers = len(serving)
     message.device = (loaded or serving)[0].device if serving else ""
     states = service_pb2.Model

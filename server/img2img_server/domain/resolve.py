@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from img2img_server.domain.models import ModelInfo
+from img2img_server.domain.models import Guidance, ModelInfo
 from img2img_server.domain.params import ImageFormat, JobParams, Limits
+from img2img_server.domain.schedulers import model_runs
 from img2img_server.domain.strength import StrengthMode, StrengthRule
+from img2img_server.domain.warnings import no_preview
 
 _NO_STEP = "At strength 0 no step runs: the prepared init image is returned."
 
@@ -137,14 +139,18 @@ def _within_strength(params: JobParams, model: ModelInfo) -> tuple[JobParams, li
 def _without_guidance(params: JobParams, model: ModelInfo) -> Iterator[str]:
     name, scale, least = "guidance_scale", params.guidance_scale, model.guidance.off_up_to
     if model.takes_true_cfg_scale:
-        name, scale, least = "true_cfg_scale", params.true_cfg_scale or 1.0, 1.0
-    if params.negative_prompt and scale <= least:
+        name, least = "true_cfg_scale", 1.0
+        scale = 1.0 if params.true_cfg_scale is None else params.true_cfg_scale
+    if params.negative_prompt and not model.takes_negative_prompt:
+        yield f"negative_prompt has no effect: the model {model.name} uses none."
+    elif params.negative_prompt and scale <= least:
         yield (
             f"negative_prompt has no effect: {name} is {scale:g}, and only above {least:g} is it "
             "used."
         )
-    elif params.negative_prompt and not model.takes_negative_prompt:
-        yield f"negative_prompt has no effect: the model {model.name} uses none."
+    is_given = params.guidance_scale != model.default_guidance_scale
+    if is_given and model.guidance is Guidance.NONE:
+        yield f"guidance_scale has no effect: the model {model.name} does not take it."
     if params.true_cfg_scale is None:
         return
     if not model.takes_true_cfg_scale:
@@ -166,7 +172,6 @@ def _without_effect(params: JobParams, model: ModelInfo) -> Iterator[str]:
     if params.clip_skip and not model.max_clip_skip:
         yield f"clip_skip has no effect: the model {model.name} does not take it."
     if params.strength_mode is StrengthMode.NOISE_LEVEL:
-        return
-    if (every := params.preview_interval_steps) and every >= run > 0:
-        steps = "1 step runs" if run == 1 else f"{run} steps run"
-        yield f"No preview is sent: preview_interval_steps is {every} and {steps}."
+        return  # Only the engine knows how many steps run.
+    if text := no_preview(params.preview_interval_steps, model_runs(params.scheduler, run)):
+        yield text

@@ -5,7 +5,7 @@ interfaces.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
 # The service's name of each scheduler, and other accepted spellings. Case, spaces, punctuation and
@@ -18,6 +18,7 @@ SPELLINGS: Final[Mapping[str, tuple[str, ...]]] = {
         "Euler a",
         "euler_ancestral",
         "K_EULER_ANCESTRAL",
+        "k_euler_a",
     ),
     "lcm": ("LCMScheduler",),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", "DPM++ 2M"),
@@ -36,6 +37,12 @@ SPELLINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "scm": ("SCMScheduler",),
 }
 
+# User interfaces call the samplers of all kinds of models by the names of Stable Diffusion's.
+_OF_OTHER_KINDS: Final[Mapping[str, tuple[str, ...]]] = {
+    "euler": ("flow_match_euler", "edm_euler"),
+    "dpmpp_2m": ("edm_dpmpp_2m",),
+}
+
 # Schedulers that run the model more than once in some steps: number of runs by number of steps.
 _MODEL_RUNS: Final[Mapping[str, Callable[[int], int]]] = {
     "heun": lambda steps: 2 * steps - 1,
@@ -48,6 +55,17 @@ def scheduler_name(text: str) -> str:
     return _NAMES.get(_plain(text), text)
 
 
+def offered_name(text: str, offered: Collection[str]) -> str:
+    """Returns the name of the scheduler that a spelling means for a model.
+
+    Args:
+        offered: The names of the model's schedulers.
+    """
+    name = scheduler_name(text)
+    others = () if name in offered else _OF_OTHER_KINDS.get(name, ())
+    return next((other for other in others if other in offered), name)
+
+
 def model_runs(scheduler: str, steps: int) -> int:
     """Returns the number of times that a scheduler runs the model in this number of steps."""
     runs = _MODEL_RUNS.get(scheduler)
@@ -55,7 +73,7 @@ def model_runs(scheduler: str, steps: int) -> int:
 
 
 def _plain(text: str) -> str:
-    letters = re.sub(r"[^a-z0-9]", "", text.lower().replace("+", "p"))
+    letters = re.sub(r"[\W_]", "", text.lower().replace("+", "p"))
     return letters.removesuffix("scheduler").removesuffix("discrete")
 
 

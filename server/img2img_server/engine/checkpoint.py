@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from img2img_server.engine.family import ModelError, ModelFiles
+from img2img_server.engine.family import DISTILLED, ModelError, ModelFiles
 from img2img_server.engine.tensor_names import DENOISER, HARMLESS_IN_CHECKPOINT, first_names
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -202,7 +202,7 @@ def _stable_diffusion(shapes: Shapes, hints: Hints) -> Checkpoint:
     scheduler = _sd_scheduler(
         *(is_xl, is_v2, is_turbo, prediction),
         is_zero_snr="ztsnr" in shapes,
-        is_lightning="lightning" in name or "hyper-sd" in name,
+        is_lightning=bool(DISTILLED.search(name)),
     )
     configs: dict[str, Mapping[str, Any]] = {"unet": unet, "scheduler": scheduler}
     index: dict[str, Any] = {

@@ -8,16 +8,22 @@ and the memory model do not know families: they see ModelSpec and Denoiser.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from img2img_server.domain.models import Guidance, ModelKind
 from img2img_server.domain.strength import StrengthRule
 from img2img_server.errors import OperatorError
 from img2img_server.setting_files import read_text
 from img2img_server.settings import variable
+
+# Names of models of Stable Diffusion that are distilled to few steps, in lower case.
+DISTILLED: Final = re.compile(r"lightning|hyper[-_ ]?sd")
+# A number of steps in a name such as "sdxl_lightning_4step" or "Hyper-SDXL-8steps-CFG".
+_NAMED_STEPS = re.compile(r"(?<![\d.])([1-9]|1[0-6])[-_ ]?steps?(?![a-z])")
 
 
 class ModelError(OperatorError):
@@ -111,6 +117,12 @@ class ModelFiles:
         origins = [self.name, self.index.get("_name_or_path")]
         origins += [config.get("_name_or_path") for config in self.configs.values()]
         return " ".join(str(origin) for origin in origins if origin).lower()
+
+    @property
+    def named_steps(self) -> int | None:
+        """The number of steps that the names of a distilled model have; None: they have none."""
+        found = _NAMED_STEPS.search(self.known_names)
+        return int(found[1]) if found else None
 
     def config(self, part: str) -> Mapping[str, Any]:
         """Returns the configuration of a part of the pipeline; empty if there is none."""

@@ -24,6 +24,7 @@ can be NAME.toml. Every entry has a default:
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import dataclass, fields
 from importlib import resources
@@ -34,8 +35,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from img2img_server.domain.hub_id import HubId
 from img2img_server.domain.models import Guidance, ModelInfo, ModelKind
-from img2img_server.domain.params import DEFAULT_STRENGTH
-from img2img_server.domain.schedulers import scheduler_name
+from img2img_server.domain.params import DEFAULT_STRENGTH, Limits
+from img2img_server.domain.schedulers import offered_name
 from img2img_server.domain.strength import StrengthRule
 from img2img_server.engine.checkpoint_file import read_checkpoint, toml_of
 from img2img_server.engine.diffusers.families import detect
@@ -54,7 +55,7 @@ class _Part(BaseModel):
 class _Defaults(_Part):
     scheduler: str = ""
     num_inference_steps: int = Field(default=0, ge=0, le=1000)  # 0: the family's default
-    guidance_scale: float | None = Field(default=None, ge=0)
+    guidance_scale: float | None = Field(default=None, ge=0, le=Limits().max_guidance_scale)
     strength: float = Field(default=DEFAULT_STRENGTH, ge=0, le=1)
 
 
@@ -280,7 +281,8 @@ def _single_file(path: Path, found: FoundModel | None, defaults: ModelDefaults) 
 
 def _spec(source: str, name: str, file: _File, files: ModelFiles) -> ModelSpec:
     family: ModelFamily = detect(files, source)
-    chosen, offered = scheduler_name(file.defaults.scheduler), family.offered(files.scheduler)
+    offered = family.offered(files.scheduler)
+    chosen = offered_name(file.defaults.scheduler, offered)
     if chosen and chosen not in offered:
         known = ", ".join(offered)
         raise ModelError(f"scheduler {chosen!r} of {source} is not one of {known}")
@@ -304,7 +306,8 @@ def _spec(source: str, name: str, file: _File, files: ModelFiles) -> ModelSpec:
         strength=file.defaults.strength,
         max_num_inference_steps=file.limits.max_num_inference_steps,
         native_size=file.sizes.native or traits.native_size,
-        multiple=file.sizes.multiple or traits.side_multiple,
+        # The family's own multiple is a limit of its network.
+        multiple=math.lcm(file.sizes.multiple or 1, traits.side_multiple),
         min_side=traits.min_side,
         max_side=traits.max_side,
         takes_negative_prompt=traits.takes_negative_prompt,

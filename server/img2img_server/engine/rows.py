@@ -13,6 +13,8 @@ from torch import Tensor
 from img2img_server.domain.events import StepFinished
 from img2img_server.domain.job import Timings
 from img2img_server.domain.stages import Span
+from img2img_server.domain.strength import StrengthMode
+from img2img_server.domain.warnings import no_preview
 from img2img_server.engine.base import (
     EngineEvent,
     EngineJob,
@@ -268,10 +270,14 @@ class EngineJobState:
         texts = self.warnings
         if self.conditioning:
             texts = (*texts, *self.conditioning.warnings)
+        params = self.job.params
+        if params.strength_mode is StrengthMode.NOISE_LEVEL and (
+            text := no_preview(params.preview_interval_steps, len(self.schedule.steps))
+        ):
+            texts = (*texts, text)
         share = self.schedule.noise_share
         if share > _NO_INFLUENCE:
-            strength = self.job.params.strength
-            texts = (*texts, f"At strength {strength:g} the init image had no influence.")
+            texts = (*texts, f"At strength {params.strength:g} the init image had no influence.")
         spans = tuple(self.spans)
         return JobDone(timings, texts, len(self.schedule.steps), share, self.device, spans)
 

@@ -89,7 +89,7 @@ class _StrengthModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Strength
     """Strength is the share of noise that the first step begins with. The steps of the schedule below
     it run, and the first one is adjusted to begin at exactly this share, so that models of few steps
     have more distinct strengths than steps. Latent consistency models take the nearest share that
-    their schedule has.
+    their schedule has, and run at most the steps that it has below it.
     """
 
 class StrengthMode(_StrengthMode, metaclass=_StrengthModeEnumTypeWrapper):
@@ -105,7 +105,7 @@ STRENGTH_MODE_NOISE_LEVEL: StrengthMode.ValueType  # 2
 """Strength is the share of noise that the first step begins with. The steps of the schedule below
 it run, and the first one is adjusted to begin at exactly this share, so that models of few steps
 have more distinct strengths than steps. Latent consistency models take the nearest share that
-their schedule has.
+their schedule has, and run at most the steps that it has below it.
 """
 Global___StrengthMode: _TypeAlias = StrengthMode  # noqa: Y015
 

@@ -93,11 +93,15 @@ class Schedules:
         share: float,
         arguments: tuple[tuple[str, Any], ...],
     ) -> Schedule:
+        config = self._config
+        if num_inference_steps == 1 and config.get("shift_terminal"):
+            # One step cannot be stretched to a terminal value: diffusers divides by 0.
+            config = {**config, "shift_terminal": None}
+
         def make(**changes: Any) -> Any:
-            scheduler = make_scheduler(name, self._config)
-            with np.errstate(invalid="ignore"):
-                # A schedule of one step that is stretched to a terminal value divides by 0.
-                scheduler.set_timesteps(num_inference_steps, **{**dict(arguments), **changes})
+            scheduler = make_scheduler(name, config)
+            own = {"num_inference_steps": num_inference_steps, **dict(arguments)}
+            scheduler.set_timesteps(**{**own, **changes})
             return scheduler
 
         if share:

@@ -37,11 +37,13 @@ class LatentConsistency(StableDiffusion):
     def schedule_from_noise(
         self, make: Callable[..., Any], share: float, num_inference_steps: int
     ) -> Schedule:
-        # All steps run, so the run begins at the nearest timestep of the distillation that has
-        # enough timesteps below it.
+        # The run begins at the nearest timestep of the distillation. No more steps run than it has
+        # timesteps up to there.
         shares = (1 - make(strength=1.0).alphas_cumprod).sqrt()
         original = make(strength=1.0).config.original_inference_steps
         place = round(int((shares < share).sum()) * original / len(shares))
-        place = min(max(place, num_inference_steps), original)
-        scheduler = make(strength=math.nextafter(place / original, 2.0))
-        return self.derive_schedule(scheduler, num_inference_steps, num_inference_steps)
+        place = min(max(place, 1), original)
+        steps = min(num_inference_steps, place)
+        strength = min(1.0, math.nextafter(place / original, 2.0))
+        scheduler = make(num_inference_steps=steps, strength=strength)
+        return self.derive_schedule(scheduler, steps, steps)

@@ -40,9 +40,11 @@ class QwenImage(FlowFamily):
         # Lightning models have one shift for all sizes, and their schedule is not stretched to a
         # terminal value.
         is_fixed = config.get("base_shift", 0.5) == config.get("max_shift", 1.15)
-        if not is_fixed or config.get("shift_terminal"):
+        is_lightning = is_fixed and not config.get("shift_terminal")
+        if not is_lightning and "lightning" not in files.known_names:
             return found
-        return replace(found, num_inference_steps=_LIGHTNING_STEPS, guidance_scale=1.0)
+        steps = files.named_steps or _LIGHTNING_STEPS
+        return replace(found, num_inference_steps=steps, guidance_scale=1.0)
 
     def combine(self, prompted: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
         mixed = negative + scale * (prompted - negative)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,7 +12,7 @@ from img2img_server.engine.diffusers.families.base import (
     Forward,
     LoadedModel,
 )
-from img2img_server.engine.family import ModelFiles, ModelTraits
+from img2img_server.engine.family import DISTILLED, ModelFiles, ModelTraits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 # Schedulers of Turbo models, together with trailing timesteps.
 _TURBO = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 _EDM_GUIDANCE_SCALE = 3.0
-# the number of steps in the name of a distilled model, such as sdxl_lightning_4step_unet
-_STEPS = re.compile(r"(?<![a-z0-9.])([1-9]|1[0-6])[-_ ]?steps?(?![a-z])")
 # number of steps of the schedule from which LCM chooses its steps, the default of diffusers
 _LCM_STEPS = 50
 
@@ -73,9 +70,8 @@ class StableDiffusion(DiffusionFamily):
         if own == "LCMScheduler":
             is_embedded = self.guidance(files.config("unet")) is Guidance.EMBEDDED
             return 8, 8.5 if is_embedded else 1.5
-        if own == "TCDScheduler" or "lightning" in names or "hyper-sd" in names:
-            steps = _STEPS.search(names)
-            return int(steps[1]) if steps else 8, 0.0
+        if own == "TCDScheduler" or DISTILLED.search(names):
+            return files.named_steps or 8, 0.0
         is_plain = config.get("prediction_type", "epsilon") == "epsilon"
         is_trailing = config.get("timestep_spacing") == "trailing"
         if own in _TURBO and is_plain and is_trailing and not config.get("rescale_betas_zero_snr"):

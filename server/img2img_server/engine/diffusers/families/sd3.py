@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _T5_TOKENS = 256  # longest prompt in tokens, as in the stock pipelines
+_TURBO_STEPS = 4
 
 
 class StableDiffusion3(FlowFamily):
@@ -78,6 +79,9 @@ class StableDiffusion3(FlowFamily):
             found = replace(found, num_inference_steps=40, guidance_scale=4.5)
         elif config.get("qk_norm"):  # Stable Diffusion 3.5 Large
             found = replace(found, guidance_scale=3.5)
+        if "turbo" in files.known_names:
+            steps = files.named_steps or _TURBO_STEPS
+            found = replace(found, num_inference_steps=steps, guidance_scale=1.0)
         # The size of the model's position embedding, in tokens of 2 x 2 latents.
         grid = config.get("pos_embed_max_size", 192)
         return replace(found, max_side=min(found.max_side, 16 * grid))

@@ -37,7 +37,9 @@ class StableDiffusionXL(StableDiffusion):
     max_side = 2048
 
     def refusal(self, files: ModelFiles) -> str:
-        if files.index.get("requires_aesthetics_score"):
+        # The refiner has the second text encoder only.
+        is_refiner = files.index.get("requires_aesthetics_score")
+        if is_refiner or "text_encoder" in files.absent_parts:
             return "the SDXL refiner is not served: use an SDXL base model"
         return super().refusal(files)
 
