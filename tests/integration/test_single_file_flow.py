@@ -8,6 +8,7 @@ import logging
 import shutil
 import textwrap
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from torch import Tensor
 from img2img_server.engine.diffusers.clip_tokenizer import clip_tokenizer
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.local_model import find_model
+from img2img_server.engine.diffusers.weights_size import weights_size
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.model_spec import read_model_spec
-from img2img_server.engine.options import ModelOptions
+from img2img_server.engine.options import EngineOptions, ModelOptions
 from tests.engine_bench import BOUND, blocks, difference, images, job, run, running
 from tests.oracle.families import chroma, flux, sd3, z_image
 from tests.original_layout import (
@@ -455,6 +457,29 @@ def test_an_autoencoder_in_a_file_gives_the_same_image(tmp_path: Path) -> None:
 
     ours = image(DiffusersDenoiser.load(str(file), cpu, torch.float32, options), 3.0)
     assert difference(ours, expected) == 0
+
+
+@pytest.mark.usefixtures("_small_widths")
+def test_the_room_of_a_single_file_includes_its_other_parts(tmp_path: Path) -> None:
+    file, parts = written("flux-dev", tmp_path)
+    cpu = torch.device("cpu")
+    options = EngineOptions(model=str(file), model_parts_dir=parts)
+    model = find_model(str(file))
+    loaded = DiffusersDenoiser.load(model, cpu, torch.float32, options)
+    needed = sum(part.bytes for part in loaded.parts)
+    # Buffers of the modules, such as positions, are not in the files.
+    size = weights_size(model, options, cpu)
+    assert 0 <= needed - size < 0.02 * needed
+    # The autoencoder in a folder of its own is counted in place of that of the parts.
+    own = replace(options, vae_dir=parts / "flux")
+    (parts / "flux/vae").rename(parts / "flux/ours")
+    without = weights_size(model, options, cpu)
+    (parts / "flux/ours").rename(parts / "flux/vae")
+    assert weights_size(model, own, cpu) == size > without
+    (parts / "flux/vae/diffusion_pytorch_model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError) as error:
+        weights_size(model, options, cpu)
+    assert error.value.setting == "model_parts_dir"
 
 
 @pytest.mark.usefixtures("_small_widths")

@@ -13,22 +13,25 @@ from img2img_server.engine.checkpoint_file import read_shapes
 from img2img_server.engine.checkpoint_text import file_of, folder_of
 from img2img_server.engine.device import choose_dtype
 from img2img_server.engine.diffusers.local_model import LocalModel
+from img2img_server.engine.family import ModelError
 from img2img_server.engine.options import EngineOptions, Quantization, TextEncoderPlacement
 from img2img_server.engine.weight_files import TensorEntry, read_header, weights_of
 
 
 def weights_size(model: LocalModel, options: EngineOptions, device: torch.device) -> int:
-    """Returns the bytes of a model's weights on the device. Parts that a single file does not hold
-    are counted where the folder of parts has them.
+    """Returns the bytes of a model's weights on the device, wherever its parts come from. A tiny
+    autoencoder is counted if it is a folder.
 
     Raises:
         ModelError: A file of weights is missing or damaged.
     """
-    return sum(
+    parts = sum(
         _part_size(model, name, options, device)
         for name in model.family.parts(model.files)
         if not _stays_on_host(name, model, options, device)
     )
+    width = choose_dtype(options.dtype, device).itemsize
+    return parts + (_folder_size(Path(options.tiny_vae), width) if options.tiny_vae else 0)
 
 
 def _stays_on_host(
@@ -49,34 +52,47 @@ def _part_size(model: LocalModel, name: str, options: EngineOptions, device: tor
     width = choose_dtype(options.dtype, device).itemsize
     if is_denoiser and options.quantization is not Quantization.OFF:
         width = 1
-    if model.checkpoint is not None:
-        return _single_file_size(model, model.checkpoint, name, options, width)
-    return _folder_size(model.path / name, width, allow_pickles=options.allow_pickles)
-
-
-def _single_file_size(
-    model: LocalModel, checkpoint: Checkpoint, name: str, options: EngineOptions, width: int
-) -> int:
-    """Returns the size of a part that a single file or the folder of parts holds."""
-    if (prefix := checkpoint.prefixes.get(name)) is not None:
-        others = tuple(it for it in checkpoint.prefixes.values() if len(it) > len(prefix))
-        shapes = read_shapes(model.path)
-        held = (
-            math.prod(shape)
-            for key, shape in shapes.items()
-            if key.startswith(prefix) and not key.startswith(others)
-        )
-        return sum(held) * width
-    if (parts := options.model_parts_dir) is None:
+    pickles = options.allow_pickles
+    if name == "vae" and options.vae_dir is not None:
+        is_vae = (options.vae_dir / "config.json").is_file()
+        folder = options.vae_dir if is_vae else options.vae_dir / name
+        return _other_size("vae_dir", folder, width, pickles)
+    if model.checkpoint is None:
+        return _folder_size(model.path / name, width, pickles)
+    if name in model.checkpoint.prefixes:
+        return _held_size(model.path, model.checkpoint, name, width)
+    if options.model_parts_dir is None:
         return 0
-    folder = folder_of(parts, model.family.name) / name
+    folder = folder_of(options.model_parts_dir, model.family.name) / name
     if folder.is_dir():
-        return _folder_size(folder, width, allow_pickles=options.allow_pickles)
-    file = file_of(parts, model.family.name, name)
-    return _size(read_header(file).values(), width) if file else 0
+        return _other_size("model_parts_dir", folder, width, pickles)
+    file = file_of(options.model_parts_dir, model.family.name, name)
+    return _other_size("model_parts_dir", file, width, pickles) if file else 0
 
 
-def _folder_size(folder: Path, width: int, *, allow_pickles: bool) -> int:
+def _held_size(path: Path, checkpoint: Checkpoint, name: str, width: int) -> int:
+    """Returns the size of a part that a single file holds."""
+    prefix = checkpoint.prefixes[name]
+    others = tuple(it for it in checkpoint.prefixes.values() if len(it) > len(prefix))
+    held = (
+        math.prod(shape)
+        for key, shape in read_shapes(path).items()
+        if key.startswith(prefix) and not key.startswith(others)
+    )
+    return sum(held) * width
+
+
+def _other_size(setting: str, path: Path, width: int, allow_pickles: bool) -> int:
+    """Returns the size of the weights that a setting names. Errors name the setting."""
+    try:
+        if path.is_file():
+            return _size(read_header(path).values(), width)
+        return _folder_size(path, width, allow_pickles)
+    except ModelError as error:
+        raise ModelError(str(error), setting) from error
+
+
+def _folder_size(folder: Path, width: int, allow_pickles: bool = False) -> int:
     if not (folder / "config.json").is_file():  # a tokenizer or a scheduler
         return 0
     chosen = weights_of(folder, allow_pickles=allow_pickles)
