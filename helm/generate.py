@@ -22,7 +22,8 @@ from typing import Any
 
 import yaml
 
-from img2img_server.settings import PREFIX, Settings
+from img2img_server.setting_names import PREFIX
+from img2img_server.settings import Settings
 
 CHART = Path(__file__).resolve().parent / "img2img"
 BEGIN, END = "<!-- values: begin, written by `make gen` -->\n", "<!-- values: end -->\n"

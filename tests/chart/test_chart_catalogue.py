@@ -72,6 +72,31 @@ def test_the_worker_reads_the_catalogue_with_the_fetched_models(tmp_path: Path) 
     assert found[0].settings.default_strength == 0.5
 
 
+def test_loras_of_a_prefix_have_a_writable_folder_for_each_prefix(tmp_path: Path) -> None:
+    entries = [
+        {"name": "a", "lora_s3_prefix": "loras/a/"},
+        {"name": "b", "lora_s3_prefix": "loras/b", "lora_dir": "/data/b"},
+        {"name": "c"},
+    ]
+    errors, objects = rendered(tmp_path, pool(model={"catalogue": entries}))
+    assert not errors
+    content = named(objects, "ConfigMap", "-catalogue")["data"]["models.json"]
+    spec = named(objects, "Deployment", "-worker-default")["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    mounts = {each["mountPath"]: each for each in container["volumeMounts"]}
+    volumes = {each["name"]: each for each in spec["volumes"]}
+    # No limit: /tmp is too small for many LoRAs.
+    assert volumes[mounts["/loras"]["name"]]["emptyDir"] == {}
+    assert not mounts["/loras"].get("readOnly")
+    (tmp_path / "models.json").write_text(content)
+    found = read_catalogue(Settings(models_file=tmp_path / "models.json"))
+    assert [(each.settings.lora_dir, each.settings.lora_s3_prefix) for each in found] == [
+        (Path("/loras/loras/a"), "loras/a/"),
+        (Path("/data/b"), "loras/b"),
+        (None, ""),
+    ]
+
+
 def test_a_change_of_the_catalogue_restarts_the_workers(tmp_path: Path) -> None:
     checksums = set()
     for models in (CATALOGUE, CATALOGUE[:1]):

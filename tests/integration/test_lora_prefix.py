@@ -10,14 +10,19 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 
+from img2img_server.engine.catalogue import read_catalogue
 from img2img_server.errors import StorageError
 from img2img_server.settings import Settings
 from img2img_server.storage.interface import StoredFile
 from img2img_server.storage.s3_blobs import S3BlobStore, connect_blobs
 from img2img_server.worker import lora_prefix
 from img2img_server.worker.lora_prefix import LoraPrefix
+from img2img_server.worker.model_loader import EngineLoader
 from img2img_server.worker.server import followed_loras
+from tests.tiny_models import WIDTH, write_sd
 
 
 def names(folder: Path) -> set[str]:
@@ -70,13 +75,14 @@ async def test_a_worker_follows_the_prefix_of_its_settings(
 
     whole_refresh = LoraPrefix.refresh
     monkeypatch.setattr(LoraPrefix, "refresh", refresh)
-    settings = engine_settings(lora_s3_prefix="other", lora_dir=tmp_path)
+    folder = tmp_path / "made" / "loras"
+    settings = engine_settings(lora_s3_prefix="other", lora_dir=folder)
     async with connect_blobs(settings) as store:
         await store.prepare(10)
         await put(store, "other/ink.safetensors", b"ink")
-        async with followed_loras(settings, store), asyncio.timeout(10):
+        async with followed_loras(store, settings), asyncio.timeout(10):
             await refreshed.wait()
-    assert names(tmp_path) == {"ink.safetensors"}
+    assert names(folder) == {"ink.safetensors"}
 
 
 class Failing:
@@ -162,7 +168,65 @@ async def test_a_file_whose_copy_could_not_be_noted_is_still_one_of_the_bucket(
 def test_the_prefix_needs_a_folder() -> None:
     with pytest.raises(ValueError, match="IMG2IMG_LORA_S3_PREFIX"):
         Settings(lora_s3_prefix="loras")
-    for wrong in ("generations/loras", "temp", "/", "a//b"):
+    for wrong in ("generations/loras", "temp", "/", "a//b", "a/../b", "."):
         with pytest.raises(ValueError, match="lora_s3_prefix\n"):
             Settings(lora_s3_prefix=wrong, lora_dir=Path("loras"))
     assert Settings(lora_s3_prefix="models/loras/", lora_dir=Path("loras"))
+
+
+def lora_bytes(seed: int) -> bytes:
+    """Returns a LoRA file for the text encoder of a small model."""
+    layer = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    random = torch.Generator().manual_seed(seed)
+    down, up = (torch.randn(shape, generator=random) for shape in ((2, WIDTH), (WIDTH, 2)))
+    return save({f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up})
+
+
+async def test_each_model_of_a_catalogue_offers_the_files_of_its_own_prefix(
+    engine_settings: Callable[..., Settings],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A file that is no LoRA, and a folder that cannot be written, change nothing for others."""
+    write_sd(tmp_path / "model")
+    (tmp_path / "blocked").write_text("a file in place of the folder")
+    (tmp_path / "models.toml").write_text(
+        '[[models]]\nname = "a"\nsource = "model"\nlora_s3_prefix = "entries/a"\n'
+        '[[models]]\nname = "c"\nsource = "model"\nlora_dir = "blocked"\n'
+        'lora_s3_prefix = "entries/c"\n'
+        '[[models]]\nname = "b"\nsource = "model"\nlora_dir = "b"\nlora_s3_prefix = "entries/b/"\n'
+    )
+    settings = engine_settings(
+        models_file=tmp_path / "models.toml",
+        lora_dir=tmp_path / "all",
+        warm_up_sizes="64x64",
+        device="cpu",
+    )
+    refreshed: dict[str, asyncio.Event] = {name: asyncio.Event() for name in ("a", "b")}
+    whole_refresh = LoraPrefix.refresh
+
+    async def refresh(prefix: LoraPrefix) -> None:
+        await whole_refresh(prefix)
+        refreshed[prefix._folder.name].set()
+
+    monkeypatch.setattr(LoraPrefix, "refresh", refresh)
+    models = read_catalogue(settings)
+    async with connect_blobs(settings) as store:
+        await store.prepare(10)
+        await put(store, "entries/a/ink.safetensors", lora_bytes(1))
+        await put(store, "entries/a/broken.safetensors", b"no LoRA")
+        await put(store, "entries/b/oil.safetensors", lora_bytes(2))
+        async with followed_loras(store, *(each.settings for each in models)), asyncio.timeout(30):
+            for event in refreshed.values():
+                await event.wait()
+    assert names(tmp_path / "all/entries/a") == {"ink.safetensors", "broken.safetensors"}
+    assert names(tmp_path / "b") == {"oil.safetensors"}
+    assert "lora_prefix_unreadable: entries/c/" in caplog.text
+    loader = EngineLoader(settings)
+    for model, offered, refused in zip(models, ("ink", "", "oil"), (1, 0, 0), strict=True):
+        loaded = await loader.load(model)
+        info = loaded.engine.model
+        await loader.unload(loaded)
+        assert info.loras == ((offered,) if offered else ())
+        assert len(info.refused_loras) == refused

@@ -8,6 +8,7 @@
   model.name  what callers name it
   model.names the names of all models of the catalogue, or the one above
   model.file  the content of IMG2IMG_MODELS_FILE; empty without a catalogue
+  model.copiesLoras  whether LoRAs of the bucket are copied into a volume of the pod
 */}}
 {{- define "img2img.pool" -}}
 {{- $root := index . 0 -}}
@@ -32,6 +33,7 @@
 {{- $_ := set $pool.model "name" (default (ternary (base $path) "atelier" (not (empty $path))) $pool.model.name) -}}
 {{- $_ := set $pool.model "names" (list $pool.model.name) -}}
 {{- $_ := set $pool.model "file" "" -}}
+{{- $_ := set $pool.model "copiesLoras" false -}}
 {{- if $pool.model.catalogue -}}
 {{- $models := list -}}
 {{- $names := list -}}
@@ -46,6 +48,10 @@
 {{- $to := printf "/models/%s/%s" ($from | sha256sum | trunc 8) (base $bare) -}}
 {{- $_ := set $model "source" $to -}}
 {{- $fetches = append $fetches (dict "source" $from "path" $to "revision" "") -}}
+{{- end -}}
+{{- if and $entry.lora_s3_prefix (not $entry.lora_dir) -}}
+{{- $_ := set $model "lora_dir" (printf "/loras/%s" (trimSuffix "/" $entry.lora_s3_prefix)) -}}
+{{- $_ := set $pool.model "copiesLoras" true -}}
 {{- end -}}
 {{- $models = append $models $model -}}
 {{- $names = append $names $model.name -}}

@@ -67,6 +67,7 @@ class LoraPrefix:
             StorageError: The bucket, or a file in it, cannot be read.
             OSError: The folder cannot be written.
         """
+        await asyncio.to_thread(self._folder.mkdir, parents=True, exist_ok=True)
         files = {
             PurePosixPath(file.key).name: file for file in await self._store.files(self._prefix)
         }
