@@ -12,7 +12,8 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
-from img2img_server.settings import PREFIX, Settings
+from img2img_server.setting_names import PREFIX
+from img2img_server.settings import Settings
 
 TARGET = Path(__file__).resolve().parent / "settings.md"
 HEAD = """\

@@ -13,14 +13,18 @@ from typing import Any
 from img2img.v1 import job_pb2
 from img2img_server.domain.models import ModelState, WorkerInfo
 from img2img_server.engine.catalogue import CatalogueModel
+from img2img_server.engine.family import ModelError
 from img2img_server.lifecycle import RestartError
 from img2img_server.nats.bus import Bus
+from img2img_server.setting_names import Origin
 from img2img_server.settings import Settings
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine, FixedSafetyChecker
 from img2img_server.testing.memory_blobs import MemoryBlobStore
 from img2img_server.worker.model_loader import FoundModel, LoadedModel, NoRoomError
 from img2img_server.worker.server import work_catalogue
 from tests.stack import Api, read_until, running_api, settings, spec
+
+FIELDS = {"model": "source"}
 
 MakeEngine = Callable[[str], FakeEngine]
 
@@ -73,7 +77,7 @@ class FakeLoader:
     async def load(self, model: CatalogueModel) -> LoadedModel:
         await asyncio.sleep(self.load_seconds)
         if why := self.wrong.get(model.name):
-            raise RuntimeError(why)
+            raise ModelError(why)
         size = self.sizes[model.name]
         if self.device_bytes and self.bytes_now + size > self.device_bytes:
             raise NoRoomError("CUDA out of memory")
@@ -112,7 +116,11 @@ class CatalogueWorker:
 
 def catalogue(*names: str, config: Settings | None = None) -> tuple[CatalogueModel, ...]:
     """Returns the models of a catalogue."""
-    return tuple(CatalogueModel(name, config or settings()) for name in names)
+    config = config or settings()
+    return tuple(
+        CatalogueModel(name, config.of_entry(Origin(f"m.toml: entry {name}", FIELDS), {}))
+        for name in names
+    )
 
 
 @asynccontextmanager

@@ -15,7 +15,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from img2img_server.setting_files import read_bytes
-from img2img_server.settings import Settings, SettingsError, variable
+from img2img_server.setting_names import variable
+from img2img_server.settings import Settings, SettingsError
 
 _NO_CERTIFICATE = "has no certificate in PEM format"
 _NO_KEY = "has no private key in PEM format"

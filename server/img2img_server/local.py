@@ -32,7 +32,8 @@ from img2img_server.last_line import is_json
 from img2img_server.lifecycle import RESTART_CODE, first_of
 from img2img_server.nats.topology import needed_payload_bytes
 from img2img_server.ports import METRICS_PORTS, host_port, listeners, reachable, reserve
-from img2img_server.settings import DEV_KEY, PREFIX, Settings, SettingsError
+from img2img_server.setting_names import PREFIX
+from img2img_server.settings import DEV_KEY, Settings, SettingsError
 from img2img_server.storage.vault import new_key
 
 _LOOPBACK_ALLOWED = "127.0.0.0/8, ::1, localhost"

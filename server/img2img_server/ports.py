@@ -11,7 +11,8 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Final
 
-from img2img_server.settings import Settings, SettingsError, variable
+from img2img_server.setting_names import variable
+from img2img_server.settings import Settings, SettingsError
 
 # Ports of the roles of `local`, counted from metrics_port.
 METRICS_PORTS: Final = ("worker", "api", "gateway")

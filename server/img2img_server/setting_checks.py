@@ -18,13 +18,13 @@ from img2img_server.api.stream_tokens import parse_keys
 from img2img_server.certificates import pair_faults, trusted_fault
 from img2img_server.engine.catalogue import read_catalogue
 from img2img_server.engine.family import ModelError
-from img2img_server.engine.model_spec import ModelDefaults, read_model_spec
-from img2img_server.engine.options import sizes
+from img2img_server.engine.model_spec import ModelDefaults, read_model_spec, size_faults
 from img2img_server.nats.access import NatsAccess
 from img2img_server.outbound.policy import OutboundPolicy
 from img2img_server.ports import listeners, reserve
 from img2img_server.setting_files import read_bytes
-from img2img_server.settings import Settings, SettingsError, variable
+from img2img_server.setting_names import variable
+from img2img_server.settings import Settings, SettingsError
 from img2img_server.storage.s3_access import S3Access
 from img2img_server.storage.vault import Vault
 from img2img_server.webhooks.signature import Signer
@@ -94,17 +94,8 @@ class _Checks:
 
     def writable_folder(self, name: str) -> None:
         """Checks a folder that exists or can be created. Creates nothing."""
-        if not (path := self.path(name)):
-            return
-        there = path.absolute()
-        while not os.path.lexists(there) and there != there.parent:
-            there = there.parent
-        try:
-            with tempfile.TemporaryFile(dir=there):
-                pass
-        except OSError as error:
-            made = "" if there == path.absolute() else f", so {path} cannot be made"
-            self.add(name, f"folder {there} is not writable: {error.strerror or error}{made}")
+        if (path := self.path(name)) and (fault := _write_fault(path)):
+            self.add(name, fault)
 
     def pair(self, *names: str) -> None:
         """Checks a certificate and its key."""
@@ -246,16 +237,31 @@ def _folder_fault(path: Path) -> str:
     return ""
 
 
+def _write_fault(path: Path) -> str:
+    there = path.absolute()
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        made = "" if there == path.absolute() else f", so {path} cannot be made"
+        return f"folder {there} is not writable: {error.strerror or error}{made}"
+    return ""
+
+
 def _catalogue(checks: _Checks) -> None:
     """Checks the file and its folders, no model: a worker serves those that can be loaded."""
 
     def check() -> None:
         for model in read_catalogue(checks.settings):
+            own = model.settings
             for name in ("model_parts_dir", *_MODEL_FOLDERS):
-                own = getattr(model.settings, name)
-                if own != getattr(checks.settings, name) and (fault := _folder_fault(own)):
-                    field = {"model_parts_dir": "base"}.get(name, name)
-                    checks.add("models_file", f"model {model.name}: {field}: {fault}")
+                if (path := getattr(own, name)) == getattr(checks.settings, name):
+                    continue
+                is_copied = name == "lora_dir" and own.lora_s3_prefix
+                if fault := _write_fault(path) if is_copied else _folder_fault(path):
+                    checks.mistakes.append(own.origin.explain(f"{variable(name)}: {fault}"))
 
     checks.run(check, "models_file")
 
@@ -269,18 +275,17 @@ def _model(checks: _Checks) -> None:
         return
     try:
         spec = read_model_spec(settings.model, defaults=ModelDefaults.of(settings))
-    except (ModelError, ValueError) as error:
+    except ModelError as error:
+        checks.mistakes.append(error.mistake)
+        return
+    except ValueError as error:
         checks.add("model", str(error))
         return
     except OSError as error:
         checks.add("model", f"{error.filename} cannot be read: {error.strerror}")
         return
-    for height, width in sizes(settings.warm_up_sizes):
-        if height % spec.multiple or width % spec.multiple:
-            fault = f"{width}x{height}: {spec.name} needs sides divisible by {spec.multiple}"
-            checks.add("warm_up_sizes", fault)
-        if max(height, width) > (most := min(settings.max_side_pixels, spec.max_side)):
-            checks.add("warm_up_sizes", f"{width}x{height}: requests have sides of at most {most}")
+    for fault in size_faults(settings.warm_up_sizes, spec, settings.max_side_pixels):
+        checks.add("warm_up_sizes", fault)
     folder = Path(spec.source)
     lacking = folder.exists() and not (folder / "safety_checker" / "config.json").is_file()
     if settings.safety_checker == "model" and lacking:
@@ -289,7 +294,8 @@ def _model(checks: _Checks) -> None:
 
 def _model_folders(checks: _Checks) -> None:
     for name in _MODEL_FOLDERS:
-        if (path := checks.path(name)) and (fault := _folder_fault(path)):
+        is_copied = name == "lora_dir" and checks.settings.lora_s3_prefix
+        if not is_copied and (path := checks.path(name)) and (fault := _folder_fault(path)):
             checks.add(name, fault)
     if checks.settings.lora_s3_prefix:
         checks.writable_folder("lora_dir")

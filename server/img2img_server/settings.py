@@ -11,12 +11,13 @@ import difflib
 import ipaddress
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from pydantic import (
     Field,
+    PrivateAttr,
     SecretStr,
     ValidationError,
     field_validator,
@@ -30,6 +31,7 @@ from img2img_server.domain.params import MAX_SIDE_PIXELS
 from img2img_server.domain.price import PATTERN as PRICE_PATTERN
 from img2img_server.errors import OperatorError
 from img2img_server.setting_files import read_bytes
+from img2img_server.setting_names import PREFIX, Origin, variable
 from img2img_server.setting_syntax import (
     ApiAddress,
     BaseUrl,
@@ -52,7 +54,6 @@ from img2img_server.setting_syntax import (
     lists_addresses,
 )
 
-PREFIX = "IMG2IMG_"
 STREAM_PREFIX = "i2t_"  # of tokens that open the event stream of one job
 DEV_KEY = "dev-key"  # the well-known development key, see Settings.dev_key
 # Variables of the client's command `img2img`, which may run in the same shell.
@@ -108,6 +109,8 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
+
+    _origin: Origin = PrivateAttr(default_factory=Origin)
 
     # Addresses.
     grpc_host: ListenHost = "127.0.0.1"
@@ -503,11 +506,6 @@ class Settings(BaseSettings):
             for name, other in (pair, pair[::-1])
             if other in is_set and name not in is_set
         ]
-        mistakes += [
-            f"{variable(name)}: has no effect without {variable(base)}"
-            for name, base in _NEEDS.items()
-            if name in is_set and base not in is_set
-        ]
         if {"nats_user", "nats_token"} <= is_set:
             mistakes.append(
                 "IMG2IMG_NATS_TOKEN: cannot be used together with IMG2IMG_NATS_USER: unset one"
@@ -532,9 +530,27 @@ class Settings(BaseSettings):
             raise ValueError("\n".join(mistakes))
         return self
 
+    @property
+    def origin(self) -> Origin:
+        """Where the values come from, for sentences about them."""
+        return self._origin
+
+    def of_entry(self, origin: Origin, values: Mapping[str, Any]) -> Self:
+        """Returns a copy with the values of an entry of a file."""
+        own = self.model_copy(update=values)
+        own._origin = origin
+        return own
+
     def conflicts(self) -> list[str]:
-        """Returns a sentence for each two settings of the model that do not work together."""
-        return [
+        """Returns a sentence for each two settings of the model that do not work together, and for
+        each that has no effect alone.
+        """
+        alone = [
+            f"{variable(name)}: has no effect without {variable(base)}"
+            for name, base in _NEEDS.items()
+            if _is_set(getattr(self, name)) and not _is_set(getattr(self, base))
+        ]
+        return alone + [
             f"{variable(name)}: does not work with {variable(other)}, {why}"
             for name, others, why in _CONFLICTS
             for other in others
@@ -617,11 +633,6 @@ class Settings(BaseSettings):
                 wrong |= found
             else:
                 return settings, mistakes, frozenset(wrong)
-
-
-def variable(name: str) -> str:
-    """Returns the environment variable of a setting."""
-    return PREFIX + name.upper()
 
 
 def _unknown(fields: Iterable[str]) -> list[str]:

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from helm.generate import LOCAL, OWNED
-from img2img_server.settings import PREFIX, Settings, is_loopback
+from img2img_server.setting_names import PREFIX
+from img2img_server.settings import Settings, is_loopback
 from tests.chart_render import CHART, SETS, Object, environment, pods, render
 
 ROLES = ("api", "gateway", "worker")

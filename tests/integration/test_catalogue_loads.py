@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from img2img_server.engine.catalogue import CatalogueModel, read_catalogue
 from img2img_server.engine.engine import DiffusionEngine
@@ -18,8 +19,10 @@ from img2img_server.engine.host_memory import host_memory
 from img2img_server.engine.memory import MemoryModel
 from img2img_server.engine.turns import DeviceTurns
 from img2img_server.errors import OperatorError
+from img2img_server.exit_reason import reasons_of
 from img2img_server.settings import Settings
 from img2img_server.worker.doctor import CatalogueReport, examine
+from img2img_server.worker.load_errors import explain_load_error
 from img2img_server.worker.model_loader import EngineLoader, LoadedModel, NoRoomError
 from tests.tiny_models import write_sd, write_sdxl
 
@@ -125,6 +128,85 @@ async def test_a_missing_model_is_reported_without_being_loaded(folder: Path) ->
     loader, (*_, absent) = models(folder)
     with pytest.raises(OperatorError, match=r"there is no model at .*nowhere"):
         await loader.find(absent)
+
+
+BROKEN = """
+[[models]]
+name = "absent"
+source = "nowhere"
+
+[[models]]
+name = "sampler"
+source = "small"
+[models.defaults]
+scheduler = "fastest"
+
+[[models]]
+name = "lora"
+source = "style.safetensors"
+
+[[models]]
+name = "cut"
+source = "cut.safetensors"
+
+[[models]]
+name = "part"
+source = "unet.gguf"
+
+[[models]]
+name = "steps"
+source = "small"
+warm_up_sizes = "65x64"
+
+[[models]]
+name = "good"
+source = "small"
+"""
+
+# The wrong field of each entry, and a part of the sentence about it.
+FAULTS = {
+    "absent": ("source", "there is no model at FOLDER/nowhere"),
+    "sampler": ("defaults.scheduler", "scheduler 'fastest' of FOLDER/small is not one of ddim, "),
+    "lora": ("source", "FOLDER/style.safetensors is a LoRA, not a model: put it into `lora_dir`"),
+    "cut": ("source", "FOLDER/cut.safetensors is cut off"),
+    "part": ("source", "name it with `gguf_file`, and its base model with `source`"),
+    "steps": ("warm_up_sizes", "65x64: steps needs sides divisible by 8"),
+}
+
+
+@pytest.fixture(scope="module")
+def broken(folder: Path) -> Settings:
+    """Returns the settings with a catalogue of which one model can be loaded."""
+    lora = {f"unet.mid.lora_{kind}.weight": torch.ones(2, 2) for kind in ("A", "B")}
+    save_file(lora, folder / "style.safetensors")
+    whole = (folder / "style.safetensors").read_bytes()
+    (folder / "cut.safetensors").write_bytes(whole[:-8])
+    (folder / "unet.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    (folder / "broken.toml").write_text(BROKEN)
+    return Settings(models_file=folder / "broken.toml", warm_up_sizes="64x64", device="cpu")
+
+
+async def test_why_a_model_is_not_loaded_names_the_entry_and_its_field(
+    folder: Path, broken: Settings
+) -> None:
+    """The worker announces the reason that `doctor` reports."""
+    report = examine(broken)
+    assert isinstance(report, CatalogueReport)
+    loader = EngineLoader(broken)
+    for model in read_catalogue(broken):
+        problems = report.models[model.name].problems
+        if model.name == "good":
+            assert not problems
+            continue
+        with pytest.raises(OperatorError) as error:
+            await loader.find(model)
+        reasons = reasons_of(explain_load_error(model.settings, error.value))
+        (reason,) = [each.replace(str(folder), "FOLDER") for each in reasons]
+        assert [each.replace(str(folder), "FOLDER") for each in problems] == [reason]
+        field, sentence = FAULTS[model.name]
+        assert reason.startswith(f"FOLDER/broken.toml: entry {model.name}: {field}: ")
+        assert sentence in reason
+        assert "IMG2IMG_" not in reason
 
 
 def test_a_container_limits_the_memory_of_the_machine(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from img2img_server.settings import PREFIX, Settings
+from img2img_server.setting_names import PREFIX
+from img2img_server.settings import Settings
 from img2img_server.worker.doctor import Report, examine
 from tests.oracle.harness import models
 from tests.tiny_models import write_sd

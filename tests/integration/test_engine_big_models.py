@@ -38,7 +38,8 @@ from img2img_server.engine.options import (
     TextEncoderPlacement,
 )
 from img2img_server.imaging.base import Pixels
-from img2img_server.settings import Settings, variable
+from img2img_server.setting_names import variable
+from img2img_server.settings import Settings
 from tests.engine_bench import blocks, images, job, run, running
 from tests.oracle.harness import models
 from tests.tiny_models import write_sd

@@ -22,7 +22,8 @@ from minio import Minio
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.model_spec import packaged_model, read_model_spec
 from img2img_server.fetch_model import LIST, fetch_model
-from img2img_server.settings import PREFIX, Settings
+from img2img_server.setting_names import PREFIX
+from img2img_server.settings import Settings
 from img2img_server.storage.s3_access import S3Access
 from tests.fake_hub import hub
 from tests.tiny_models import write_sd

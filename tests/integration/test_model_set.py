@@ -115,7 +115,7 @@ async def test_a_model_that_fails_is_not_served_and_does_not_end_the_worker() ->
     async with catalogue_worker(bus, loader), running_api(bus) as api:
         waiting = await api.create(spec(model="b"))
         failed = await announced(bus, "b", ModelState.FAILED)
-        assert failed.failure == "a part is missing"
+        assert failed.failure == "m.toml: entry b: source: a part is missing"
         assert all(worker.model.name != "b" for worker in await bus.workers.workers())
         await run(api, "c")
         await run(api, "a")
@@ -135,7 +135,7 @@ async def test_a_worker_without_any_model_ends_with_the_reasons() -> None:
         async def find(self, model: object) -> None:  # type: ignore[override]
             raise OperatorError("there is no such folder")
 
-    with pytest.raises(OperatorError, match=r"model a: there is no such folder\n.*model b:"):
+    with pytest.raises(OperatorError, match=r"entry a: there is no such folder\n.*entry b:"):
         async with catalogue_worker(memory_bus(), Missing({"a": 1, "b": 1})):
             pass
 
@@ -255,7 +255,9 @@ async def test_an_operator_retries_a_model_that_failed() -> None:
         await announced(bus, "b", ModelState.FAILED)
         models = {each.name: each for each in (await capabilities(api)).models}
         assert models["b"].state == service_pb2.Model.STATE_UNSERVED
-        assert list(models["b"].load_failures) == ["w1/b: a part is missing"]
+        assert list(models["b"].load_failures) == [
+            "w1/b: m.toml: entry b: source: a part is missing"
+        ]
         assert models["a"].state == service_pb2.Model.STATE_LOADED
         assert models["c"].state == service_pb2.Model.STATE_COLD
         assert [models[name].workers for name in "abc"] == [1, 0, 1]

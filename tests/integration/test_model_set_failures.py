@@ -190,7 +190,9 @@ async def test_an_unexpected_error_about_one_model_hides_no_other_one() -> None:
     bus, loader = replace(memory_bus(), workers=Broken()), FakeLoader(TWO)
     async with catalogue_worker(bus, loader):
         await announced(bus, "b", ModelState.LOADED)
-        assert (await announced(bus, "a", ModelState.FAILED)).failure == "not a record"
+        failure = (await announced(bus, "a", ModelState.FAILED)).failure
+    assert failure.startswith("m.toml: entry a: source: cannot load ")
+    assert failure.endswith("ValueError: not a record")
 
 
 @dataclass

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from benchmarks.local_stack import free_port
 from img2img_server.devstack.child import Child, binary
-from img2img_server.settings import PREFIX
+from img2img_server.setting_names import PREFIX
 
 # The code runs in a new process, like a role: OpenSSL reads the variable when a context is created.
 ASK = """

@@ -84,38 +84,101 @@ def test_an_entry_without_a_name_has_the_name_of_its_model(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("", "FOLDER/models.toml must have [[models]] with at least one model"),
-        ("models = []", "FOLDER/models.toml must have [[models]] with at least one model"),
-        ("[models]\nname = 'a'", "FOLDER/models.toml must have [[models]] with at least one model"),
+        (
+            "",
+            "IMG2IMG_MODELS_FILE: FOLDER/models.toml must have [[models]] with at least one model",
+        ),
+        (
+            "models = []",
+            "IMG2IMG_MODELS_FILE: FOLDER/models.toml must have [[models]] with at least one model",
+        ),
+        (
+            "[models]\nname = 'a'",
+            "IMG2IMG_MODELS_FILE: FOLDER/models.toml must have [[models]] with at least one model",
+        ),
         (
             "[[models]]\nname = 'a'\n[[models]]\nname = 'b'\nstrenght = 1",
-            "FOLDER/models.toml: model 2 (b): strenght: there is no such field; there are name, "
-            "source, base, defaults, lora_dir, embeddings_dir, vae_dir, dtype, max_batch_size, "
-            "warm_up_sizes, quantization, gguf_file, tiny_vae, compile, text_encoder_placement",
+            "FOLDER/models.toml: entry b: strenght: there is no such field; there are name, "
+            "source, base, defaults, lora_dir, lora_s3_prefix, embeddings_dir, vae_dir, dtype, "
+            "max_batch_size, warm_up_sizes, quantization, gguf_file, tiny_vae, compile, "
+            "text_encoder_placement",
         ),
         (
             "[[models]]\nname = 'a'\n[models.defaults]\nstrength = 2",
-            "FOLDER/models.toml: model 1 (a): defaults.strength: must be less than or equal to 1",
+            "FOLDER/models.toml: entry a: defaults.strength: must be less than or equal to 1",
         ),
         (
             "[[models]]\nname = 'a'\nwarm_up_sizes = 'big'",
-            "FOLDER/models.toml: model 1 (a): warm_up_sizes: "
+            "FOLDER/models.toml: entry a: warm_up_sizes: "
             "must list sizes as WIDTHxHEIGHT, comma separated, such as 512x512, 768x512",
         ),
         (
             "[[models]]\nname = 'a'\n[[models]]\nname = 'a'",
-            "FOLDER/models.toml: 2 models have the name 'a': give each a `name` of its own",
+            "IMG2IMG_MODELS_FILE: FOLDER/models.toml: 2 models have the name 'a': give each "
+            "a `name` of its own",
         ),
         (
             "[[models]]\nname = 'a'\nlora_dir = 'l'\nquantization = 'int8'",
-            "FOLDER/models.toml: model 1 (a): IMG2IMG_LORA_DIR: does not work with "
-            "IMG2IMG_QUANTIZATION, which changes how the weights are kept that a LoRA changes",
+            "FOLDER/models.toml: entry a: lora_dir: does not work with "
+            "`quantization`, which changes how the weights are kept that a LoRA changes",
+        ),
+        (
+            "[[models]]\nsource = 's'\nlora_s3_prefix = 'loras/a'",
+            "FOLDER/models.toml: entry s: lora_s3_prefix: has no effect without `lora_dir`",
+        ),
+        (
+            "[[models]]\nname = 'a'\nlora_dir = 'l'\nlora_s3_prefix = 'temp/a'",
+            "FOLDER/models.toml: entry a: lora_s3_prefix: must not begin with temp, "
+            "whose files the bucket deletes",
+        ),
+        (
+            "[[models]]\nname = 'a'\nlora_dir = 'l'\nlora_s3_prefix = 'loras/a'\n"
+            "[[models]]\nname = 'b'\nlora_dir = 'l'\nlora_s3_prefix = 'loras/a/'\n"
+            "[[models]]\nname = 'c'\nlora_dir = './l/'\nlora_s3_prefix = 'loras/b'",
+            "FOLDER/models.toml: entry c: lora_dir: FOLDER/l has the files of loras/a "
+            "(FOLDER/models.toml: entry a): name another folder",
         ),
     ],
-    ids=["empty", "none", "table", "unknown", "range", "sizes", "names", "conflict"],
+    ids=[
+        *("empty", "none", "table", "unknown", "range", "sizes", "names", "conflict"),
+        *("prefix", "deleted", "shared"),
+    ],
 )
 def test_a_mistake_names_the_entry_and_its_field(tmp_path: Path, text: str, sentence: str) -> None:
-    assert mistakes(tmp_path, text) == [f"IMG2IMG_MODELS_FILE: {sentence}"]
+    assert mistakes(tmp_path, text) == [sentence]
+
+
+def test_an_entry_has_the_loras_of_its_own_prefix_only(tmp_path: Path) -> None:
+    text = """
+    [[models]]
+    name = "a"
+    lora_s3_prefix = "loras/a"
+    [[models]]
+    name = "b"
+    lora_dir = "own"
+    [[models]]
+    name = "c"
+    [[models]]
+    name = "d"
+    lora_dir = "copies"
+    lora_s3_prefix = "loras/d"
+    """
+    common = {"lora_dir": tmp_path / "all", "lora_s3_prefix": "loras"}
+    found = read_catalogue(catalogue(tmp_path, text, **common))
+    assert [(each.settings.lora_dir, each.settings.lora_s3_prefix) for each in found] == [
+        (tmp_path / "all/loras/a", "loras/a"),
+        (tmp_path / "own", ""),
+        (tmp_path / "all", "loras"),
+        (tmp_path / "copies", "loras/d"),
+    ]
+
+
+def test_a_setting_for_all_models_keeps_its_name(tmp_path: Path) -> None:
+    text = "[[models]]\nname = 'a'\nlora_dir = 'l'"
+    assert mistakes(tmp_path, text, quantization="int8") == [
+        "FOLDER/models.toml: entry a: lora_dir: does not work with IMG2IMG_QUANTIZATION, "
+        "which changes how the weights are kept that a LoRA changes"
+    ]
 
 
 def test_all_mistakes_are_listed(tmp_path: Path) -> None:
@@ -143,8 +206,8 @@ def test_a_folder_that_is_missing_is_an_error_of_the_start(tmp_path: Path) -> No
     )
     found = mistakes_of("doctor", catalogue(tmp_path, text))
     assert [mistake.replace(str(tmp_path), "FOLDER") for mistake in found] == [
-        "IMG2IMG_MODELS_FILE: model b: base: folder FOLDER/gone cannot be read: "
+        "FOLDER/models.toml: entry b: base: folder FOLDER/gone cannot be read: "
         "No such file or directory",
-        "IMG2IMG_MODELS_FILE: model b: lora_dir: folder FOLDER/none cannot be read: "
+        "FOLDER/models.toml: entry b: lora_dir: folder FOLDER/none cannot be read: "
         "No such file or directory",
     ]

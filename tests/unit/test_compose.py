@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from img2img_server.settings import PREFIX, Settings
+from img2img_server.setting_names import PREFIX
+from img2img_server.settings import Settings
 from tests.chart_render import CHART
 from tests.compose import EXAMPLE, FILE, FOLDER, ROLES, copied, resolve, seconds, services
 from tests.readme import ROOT

@@ -23,7 +23,8 @@ from img2img_server.domain.violations import Reason, Violation
 from img2img_server.engine.catalogue import read_catalogue
 from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.gateway.app import create_app
-from img2img_server.settings import CLIENT_NAMES, PREFIX, Settings
+from img2img_server.setting_names import PREFIX
+from img2img_server.settings import CLIENT_NAMES, Settings
 from img2img_server.testing.memory_blobs import MemoryBlobStore
 from tests import doc_blocks
 from tests.http_stack import META_KEYS

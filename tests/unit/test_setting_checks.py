@@ -42,7 +42,8 @@ from img2img_server.last_line import exit_with_reasons
 from img2img_server.ports import Listener, host_port, listeners, reachable, reserve
 from img2img_server.setting_checks import checked_settings, mistakes_of
 from img2img_server.setting_files import read_bytes
-from img2img_server.settings import Settings, SettingsError, variable
+from img2img_server.setting_names import variable
+from img2img_server.settings import Settings, SettingsError
 from tests.readme import ROOT
 
 ROLES = ("api", "gateway", "worker", "local")
@@ -648,6 +649,14 @@ def test_a_size_that_no_request_may_have_is_not_run_first(
     give(warm_up_sizes=f"512x512, {size}")
     (mistake,) = refused("worker")
     assert mistake.startswith(f"IMG2IMG_WARM_UP_SIZES: {size}: ")
+
+
+def test_a_scheduler_that_the_model_does_not_have_is_named_by_its_setting(
+    give: Callable[..., None],
+) -> None:
+    give(default_scheduler="fastest")
+    (mistake,) = refused("worker")
+    assert mistake.startswith("IMG2IMG_DEFAULT_SCHEDULER: scheduler 'fastest' of ")
 
 
 def test_a_link_that_leads_nowhere_is_reported(give: Callable[..., None], tmp_path: Path) -> None:

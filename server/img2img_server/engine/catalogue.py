@@ -4,6 +4,8 @@
     name = "photo"                        # default: the folder's or file's name, or the hub id
     source = "/models/photo.safetensors"  # as IMG2IMG_MODEL; default: the model inside the package
     lora_dir = "/models/photo-loras"      # as IMG2IMG_LORA_DIR; also embeddings_dir, vae_dir
+    lora_s3_prefix = "loras/photo"        # as IMG2IMG_LORA_S3_PREFIX; without lora_dir, the copies
+                                          # are in a folder of this name below IMG2IMG_LORA_DIR
     base = "/models/sdxl"                 # has what the file does not hold: a model's folder, or
                                           # one as IMG2IMG_MODEL_PARTS_DIR
 
@@ -31,6 +33,7 @@ import json
 import re
 import tomllib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -51,10 +54,13 @@ from img2img_server.engine.family import ModelError
 from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.engine.weight_files import PICKLES
 from img2img_server.setting_files import read_text
-from img2img_server.setting_syntax import OptionalPath, Sizes
-from img2img_server.settings import Settings, SettingsError, variable
+from img2img_server.setting_names import Origin, variable
+from img2img_server.setting_syntax import KeyPrefix, OptionalPath, Sizes
+from img2img_server.settings import Settings, SettingsError
 
 _SETTING: Final = "models_file"
+# The settings of the fields that have other names.
+_SETTINGS: Final = {"source": "model", "name": "model_name", "base": "model_parts_dir"}
 # Paths of an entry, which are relative to the folder of the catalogue.
 _PATHS: Final = ("model_parts_dir", "lora_dir", "vae_dir", "embeddings_dir", "gguf_file")
 
@@ -83,6 +89,7 @@ class _Entry(_Part):
     base: OptionalPath = None
     defaults: _Defaults = _Defaults()
     lora_dir: OptionalPath = None
+    lora_s3_prefix: KeyPrefix | None = None
     embeddings_dir: OptionalPath = None
     vae_dir: OptionalPath = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = None
@@ -128,20 +135,38 @@ def read_catalogue(settings: Settings) -> tuple[CatalogueModel, ...]:
     entries = _read(path).models
     mistakes: list[str] = []
     found = []
-    for number, entry in enumerate(entries, 1):
-        model = _with_entry(settings, entry, path.absolute().parent)
+    for entry in entries:
+        model = _with_entry(settings, entry, path)
         found.append(model)
-        where = _where(path, number, model.name)
-        mistakes += [f"{where}: {fault}" for fault in model.settings.conflicts()]
+        mistakes += map(model.settings.origin.explain, model.settings.conflicts())
     for name, count in Counter(model.name for model in found).items():
         if count > 1:
             mistakes.append(
                 f"{variable(_SETTING)}: {path}: {count} models have the name {name!r}: give each "
                 "a `name` of its own"
             )
+    mistakes += _shared_folders(settings, found)
     if mistakes:
         raise SettingsError(*dict.fromkeys(mistakes))
     return tuple(found)
+
+
+def _shared_folders(settings: Settings, models: Sequence[CatalogueModel]) -> list[str]:
+    """Returns a sentence for each folder that would have the files of two prefixes: each prefix
+    deletes the copies that it does not have.
+    """
+    owners: dict[Path, tuple[str, str]] = {}
+    mistakes = []
+    for own in (settings, *(model.settings for model in models)):
+        if own.lora_dir is None or not own.lora_s3_prefix:
+            continue
+        folder, prefix = own.lora_dir.resolve(), own.lora_s3_prefix.rstrip("/")
+        owner = own.origin.entry or variable("lora_s3_prefix")
+        other, others = owners.setdefault(folder, (owner, prefix))
+        if others != prefix:
+            fault = f"{own.lora_dir} has the files of {others} ({other}): name another folder"
+            mistakes.append(own.origin.explain(f"{variable('lora_dir')}: {fault}"))
+    return mistakes
 
 
 def _read(path: Path) -> _Catalogue:
@@ -173,7 +198,7 @@ def _fault(path: Path, content: Any, place: tuple[int | str, ...], fault: str) -
         return f"{variable(_SETTING)}: {path} must have [[models]] with at least one model"
     entry = content["models"][place[1]]
     name = entry.get("name", "") if isinstance(entry, dict) else ""
-    where = _where(path, place[1] + 1, str(name))
+    where = f"{path}: entry {name or place[1] + 1}"
     # A union adds the kind that was tried, which says nothing to the operator.
     fields = [str(part) for part in place[2:] if part not in ("constrained-str",)]
     return f"{where}: {'.'.join(fields)}: {fault}" if fields else f"{where}: {fault}"
@@ -188,29 +213,37 @@ def _sentence(fault: ErrorDetails) -> str:
     return message.removeprefix("Value error, ").partition(", unable to")[0]
 
 
-def _where(path: Path, number: int, name: str) -> str:
-    shown = f" ({name})" if name else ""
-    return f"{variable(_SETTING)}: {path}: model {number}{shown}"
+def _fields() -> dict[str, str]:
+    """Returns the fields of an entry by their settings."""
+    fields = {_SETTINGS.get(name, name): name for name in _Entry.model_fields if name != "defaults"}
+    for name in _Defaults.model_fields:
+        fields[name if name == "native_size" else f"default_{name}"] = f"defaults.{name}"
+    return fields
 
 
-def _with_entry(settings: Settings, entry: _Entry, folder: Path) -> CatalogueModel:
-    changes: dict[str, Any] = {
-        name: value
-        for name, value in entry.model_dump(exclude={"name", "source", "defaults"}).items()
-        if value is not None
+def _with_entry(settings: Settings, entry: _Entry, path: Path) -> CatalogueModel:
+    folder = path.absolute().parent
+    fields = _fields()
+    dumped = entry.model_dump(exclude={"defaults"}) | {
+        f"defaults.{name}": value for name, value in entry.defaults.model_dump().items()
     }
-    if (base := changes.pop("base", None)) is not None:
-        changes["model_parts_dir"] = base
+    changes: dict[str, Any] = {
+        setting: dumped[field] for setting, field in fields.items() if dumped[field] is not None
+    }
     changes |= {name: folder / changes[name] for name in _PATHS if name in changes}
-    defaults = entry.defaults.model_dump(exclude_none=True)
-    for name, value in defaults.items():
-        changes[name if name == "native_size" else f"default_{name}"] = value
-    source = _source(entry.source, folder)
-    name = entry.name or _name_of(source)
-    own = settings.model_copy(
-        update={**changes, "model": source, "model_name": name, "models_file": None}
-    )
-    return CatalogueModel(name, own)
+    changes["model"] = _source(entry.source, folder)
+    changes["model_name"] = entry.name or _name_of(changes["model"])
+    changes["models_file"] = None
+    prefix = changes.get("lora_s3_prefix")
+    if prefix and "lora_dir" not in changes and settings.lora_dir is not None:
+        changes["lora_dir"] = settings.lora_dir / prefix
+    elif "lora_dir" in changes:  # The files of the worker's own prefix are not for this folder.
+        changes.setdefault("lora_s3_prefix", "")
+    # A value that the operator has set for all models is named as such.
+    shared = settings.model_fields_set - changes.keys()
+    own_fields = {setting: field for setting, field in fields.items() if setting not in shared}
+    origin = Origin(f"{path}: entry {changes['model_name']}", own_fields)
+    return CatalogueModel(changes["model_name"], settings.of_entry(origin, changes))
 
 
 def _source(source: str, folder: Path) -> str:

@@ -18,7 +18,7 @@ from img2img_server.domain.models import Guidance, ModelKind
 from img2img_server.domain.strength import StrengthRule
 from img2img_server.errors import OperatorError
 from img2img_server.setting_files import read_text
-from img2img_server.settings import variable
+from img2img_server.setting_names import variable
 
 # Names of models of Stable Diffusion that are distilled to few steps, in lower case.
 DISTILLED: Final = re.compile(r"lightning|hyper[-_ ]?sd")

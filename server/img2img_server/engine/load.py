@@ -19,7 +19,12 @@ from img2img_server.engine.diffusers.local_model import find_model
 from img2img_server.engine.engine import DiffusionEngine, Offered
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.memory import MemoryModel, probe_of
-from img2img_server.engine.model_spec import ModelDefaults, ModelSpec, read_model_spec
+from img2img_server.engine.model_spec import (
+    ModelDefaults,
+    ModelSpec,
+    read_model_spec,
+    size_faults,
+)
 from img2img_server.engine.options import EngineOptions, sizes
 from img2img_server.engine.turns import DeviceTurns
 from img2img_server.malloc import keep_freed_memory
@@ -120,6 +125,8 @@ def warm_up(engine: DiffusionEngine, spec: ModelSpec, warm_up_sizes: str) -> Non
     Raises:
         ModelError: a size failed.
     """
+    for fault in size_faults(warm_up_sizes, spec):
+        raise ModelError(fault, "warm_up_sizes")
     for height, width in sizes(warm_up_sizes):
         began = time.monotonic()
         try:

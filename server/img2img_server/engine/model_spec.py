@@ -41,7 +41,13 @@ from img2img_server.domain.strength import StrengthRule
 from img2img_server.engine.checkpoint_file import read_checkpoint, toml_of
 from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS
-from img2img_server.engine.family import ModelError, ModelFamily, ModelFiles, read_json
+from img2img_server.engine.family import (
+    ModelError,
+    ModelFamily,
+    ModelFiles,
+    read_json,
+)
+from img2img_server.engine.options import sizes
 from img2img_server.engine.weight_files import PICKLES, refuse_pickle
 from img2img_server.setting_files import read_text
 
@@ -207,6 +213,22 @@ class ModelDefaults:
         )
 
 
+def size_faults(warm_up_sizes: str, spec: ModelSpec, max_side: int | None = None) -> list[str]:
+    """Returns a sentence for each mistake in the setting of these sizes.
+
+    Args:
+        max_side: The largest side of requests; None: that of the model.
+    """
+    faults = []
+    most = min(spec.max_side, spec.max_side if max_side is None else max_side)
+    for height, width in sizes(warm_up_sizes):
+        if height % spec.multiple or width % spec.multiple:
+            faults.append(f"{width}x{height}: {spec.name} needs sides divisible by {spec.multiple}")
+        if max(height, width) > most:
+            faults.append(f"{width}x{height}: requests have sides of at most {most}")
+    return faults
+
+
 def read_model_spec(
     source: str, found: FoundModel | None = None, defaults: ModelDefaults | None = None
 ) -> ModelSpec:
@@ -236,13 +258,13 @@ def read_model_spec(
         if found is None:
             return ModelSpec(source=source, name=defaults.model_name or hub_id.repo)
         toml = defaults.over(_read_toml(found.path / "img2img.toml"))
-        return _spec(source, hub_id.repo, toml, found.files)
+        return _spec(source, hub_id.repo, toml, found.files, defaults)
     if not (folder / "model_index.json").is_file():
         raise ModelError(
             f"{folder} is no diffusers model: it has no model_index.json{_hint(folder)}"
         )
     toml = defaults.over(_read_toml(folder / "img2img.toml"))
-    return _spec(str(folder), folder.resolve().name, toml, ModelFiles.read(folder))
+    return _spec(str(folder), folder.resolve().name, toml, ModelFiles.read(folder), defaults)
 
 
 def _hint(folder: Path) -> str:
@@ -272,24 +294,27 @@ def _hint(folder: Path) -> str:
 def _single_file(path: Path, found: FoundModel | None, defaults: ModelDefaults) -> ModelSpec:
     toml = defaults.over(_read_toml(toml_of(path)))
     if found is not None:
-        return _spec(str(path), path.stem, toml, found.files)
+        return _spec(str(path), path.stem, toml, found.files, defaults)
     if path.suffix in PICKLES:
         refuse_pickle(path, defaults.allow_pickles)
         return ModelSpec(source=str(path), name=toml.name or path.stem)
-    return _spec(str(path), path.stem, toml, read_checkpoint(path).files)
+    return _spec(str(path), path.stem, toml, read_checkpoint(path).files, defaults)
 
 
-def _spec(source: str, name: str, file: _File, files: ModelFiles) -> ModelSpec:
+def _spec(
+    source: str, name: str, file: _File, files: ModelFiles, defaults: ModelDefaults
+) -> ModelSpec:
     family: ModelFamily = detect(files, source)
     offered = family.offered(files.scheduler)
     chosen = offered_name(file.defaults.scheduler, offered)
     if chosen and chosen not in offered:
         known = ", ".join(offered)
-        raise ModelError(f"scheduler {chosen!r} of {source} is not one of {known}")
+        setting = "default_scheduler" if defaults.default_scheduler else "model"
+        raise ModelError(f"scheduler {chosen!r} of {source} is not one of {known}", setting)
     try:
         traits = family.traits(files, chosen)
     except ModelError as error:
-        raise ModelError(f"{source}: {error}") from error
+        raise ModelError(f"{source}: {error}", error.setting) from error
     scale = file.defaults.guidance_scale
     return ModelSpec(
         source=source,

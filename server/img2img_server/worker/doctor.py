@@ -18,7 +18,7 @@ from img2img_server.engine.options import EngineOptions, limit_spinning, sizes
 from img2img_server.engine.tensor_names import IGNORED, first_names
 from img2img_server.exit_reason import reasons_of
 from img2img_server.settings import Settings
-from img2img_server.worker.server import explain_load_error
+from img2img_server.worker.load_errors import explain_load_error
 
 
 @dataclass(slots=True)
@@ -127,6 +127,11 @@ def examine(settings: Settings) -> Report | CatalogueReport:
 def _report(settings: Settings) -> Report:
     report = Report()
     limit_spinning()
+    if settings.lora_s3_prefix:
+        report.notes.append(
+            f"of the LoRA files of the prefix {settings.lora_s3_prefix}, those that a worker has "
+            f"copied into {settings.lora_dir} are examined"
+        )
     with _warnings_in(report.notes):
         try:
             _examine(EngineOptions.of(settings), report)

@@ -13,9 +13,11 @@ import structlog
 from img2img_server import errors
 from img2img_server.domain.models import ModelState, WorkerInfo
 from img2img_server.errors import OperatorError
+from img2img_server.exit_reason import reasons_of
 from img2img_server.interfaces.records import WorkerRegistry
 from img2img_server.telemetry import MODEL_LOAD_FAILURES
-from img2img_server.worker.model_loader import ModelLoader, NoRoomError
+from img2img_server.worker.load_errors import explain_load_error
+from img2img_server.worker.model_loader import ModelLoader
 from img2img_server.worker.model_slot import ModelSlot
 from img2img_server.worker.worker import ANNOUNCE_SECONDS, WITHDRAW_SECONDS
 
@@ -61,9 +63,10 @@ class ModelAnnouncements:
     async def fail(self, slot: ModelSlot, error: Exception) -> None:
         """Announces that a model cannot be served, and why."""
         slot.state, slot.failed_at = ModelState.FAILED, time.monotonic()
-        slot.failure = " ".join((str(error) or type(error).__name__).split())
+        reasons = reasons_of(explain_load_error(slot.model.settings, error))
+        slot.failure = "; ".join(reasons)
         MODEL_LOAD_FAILURES.labels(slot.name).inc()
-        expected = isinstance(error, OperatorError | NoRoomError)
+        expected = isinstance(error, OperatorError)
         log.error(
             "model_not_loaded",
             model=slot.name,

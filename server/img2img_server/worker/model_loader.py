@@ -14,12 +14,14 @@ import structlog
 from img2img_server.domain.models import ModelInfo
 from img2img_server.engine.base import Engine
 from img2img_server.engine.catalogue import CatalogueModel
+from img2img_server.engine.family import ModelError
 from img2img_server.engine.options import EngineOptions
-from img2img_server.errors import OperatorError, SafetyCheckError
+from img2img_server.errors import SafetyCheckError
 from img2img_server.malloc import trim
 from img2img_server.safety import safety_checker
 from img2img_server.safety.base import SafetyChecker
-from img2img_server.settings import Settings
+from img2img_server.setting_names import variable
+from img2img_server.settings import Settings, SettingsError
 
 FREE_SHARE: Final = 5  # this part of the memory remains free without a budget: a fifth
 LEAST_SHARE: Final = 20  # A twentieth must remain free even if models with jobs are unloaded.
@@ -31,7 +33,7 @@ UNLOAD_SECONDS: Final = 120.0
 log = structlog.get_logger()
 
 
-class NoRoomError(Exception):
+class NoRoomError(ModelError):
     """The device had too little memory to load a model."""
 
 
@@ -147,6 +149,7 @@ class EngineLoader:
             ModelDefaults,
             packaged_model,
             read_model_spec,
+            size_faults,
         )
 
         settings = model.settings
@@ -156,15 +159,17 @@ class EngineLoader:
         source = settings.model or str(packaged_model())
         found = find_model(source, allow_pickles=settings.allow_pickles)
         spec = read_model_spec(settings.model, found, defaults)
+        for fault in size_faults(settings.warm_up_sizes, spec):
+            raise ModelError(fault, "warm_up_sizes")
         info = replace(spec.info, loras=_lora_names(settings.lora_dir))
         size = weights_size(found, options, self._device)
         self._check_size(size)
         return FoundModel(info, size)
 
     def _check_size(self, size: int) -> None:
-        """Raises OperatorError for a model that does not fit even alone."""
+        """Raises ModelError for a model that does not fit even alone."""
         if self._budget and size > self._budget:
-            raise OperatorError(
+            raise ModelError(
                 f"its weights need {size} bytes, more than IMG2IMG_MODELS_MEMORY_BYTES "
                 f"({self._budget}) allows"
             )
@@ -179,7 +184,8 @@ class EngineLoader:
             await safety.warm_up()
         except SafetyCheckError as error:
             await asyncio.to_thread(engine.stop)
-            raise RuntimeError(f"{error}: {error.__cause__ or error}") from error
+            reason = f"{variable('safety_checker')}: {error}: {error.__cause__ or error}"
+            raise SettingsError(reason) from error
         return LoadedModel(engine, safety, size)
 
     def _load(self, model: CatalogueModel) -> tuple[Engine, int]:
@@ -193,7 +199,7 @@ class EngineLoader:
             raise
         try:
             self._check_size(engine.weights_bytes)
-        except OperatorError:
+        except ModelError:
             engine.stop()
             raise
         return engine, engine.weights_bytes

@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -44,6 +44,7 @@ from img2img_server.telemetry import (
 from img2img_server.worker.deps import Throughput, WorkerDeps
 from img2img_server.worker.dispatch import Dispatcher
 from img2img_server.worker.downloads import forget_downloads
+from img2img_server.worker.load_errors import explain_load_error
 from img2img_server.worker.lora_prefix import LoraPrefix
 from img2img_server.worker.model_loader import EngineLoader, LoadedModel, ModelLoader
 from img2img_server.worker.model_set import ModelSet
@@ -92,19 +93,27 @@ async def serve_worker(
                 started(name)
 
         roles = _Roles(settings, name, bus, blobs, store, decoder, stop, announced)
-        async with followed_loras(settings, blobs):
-            await (roles.serve_catalogue() if settings.models_file else roles.serve_model())
+        await (roles.serve_catalogue() if settings.models_file else roles.serve_model())
     log.info("worker_stopped")
 
 
 @asynccontextmanager
-async def followed_loras(settings: Settings, blobs: S3BlobStore) -> AsyncIterator[None]:
-    """Copies LoRA files of the bucket in the background, if there is a prefix."""
-    if not settings.lora_s3_prefix or settings.lora_dir is None:
-        yield
-        return
-    prefix = LoraPrefix(blobs, settings.lora_s3_prefix, settings.lora_dir)
-    async with background_task(prefix.follow()):
+async def followed_loras(blobs: S3BlobStore, *models: Settings) -> AsyncIterator[None]:
+    """Copies LoRA files of the bucket in the background, if there are prefixes. A prefix that
+    cannot be read does not stop the others.
+
+    Args:
+        models: The settings of each model. Models with the same folder and prefix share the copies.
+    """
+    wanted = {
+        each.lora_dir: each.lora_s3_prefix
+        for each in models
+        if each.lora_s3_prefix and each.lora_dir is not None
+    }
+    async with AsyncExitStack() as stack:
+        for folder, prefix in wanted.items():
+            following = LoraPrefix(blobs, prefix, folder).follow()
+            await stack.enter_async_context(background_task(following))
         yield
 
 
@@ -122,6 +131,10 @@ class _Roles:
     announced: Callable[[str], None]
 
     async def serve_model(self) -> None:
+        async with followed_loras(self.blobs, self.settings):
+            await self._serve_model()
+
+    async def _serve_model(self) -> None:
         settings, bus, stop = self.settings, self.bus, self.stop
         with logs_reason():
             safety = safety_checker(settings, _source(settings))
@@ -150,9 +163,14 @@ class _Roles:
                     await asyncio.to_thread(engine.stop)
 
     async def serve_catalogue(self) -> None:
+        with logs_reason():
+            models = read_catalogue(self.settings)
+        async with followed_loras(self.blobs, *(model.settings for model in models)):
+            await self._serve_catalogue(models)
+
+    async def _serve_catalogue(self, models: Sequence[CatalogueModel]) -> None:
         settings, stop = self.settings, self.stop
         with logs_reason():
-            models = read_catalogue(settings)
             preparing = _prepared(settings, self.blobs)
             loader = await unless_stopped(stop, preparing)
             _count_ends_from_zero(*(model.name for model in models))
@@ -244,16 +262,6 @@ def _load_engine(settings: Settings) -> Engine:
     except Exception as error:  # the libraries raise errors of many classes
         log.error("model_not_loaded", exc_info=error)
         raise explain_load_error(settings, error) from error
-
-
-def explain_load_error(settings: Settings, error: Exception) -> OperatorError:
-    """Returns the error with which a worker ends if its model cannot be loaded."""
-    if isinstance(error, ModelError):
-        return SettingsError(error.mistake)
-    if isinstance(error, OperatorError):
-        return error
-    source = settings.model or "the model inside the package"
-    return SettingsError(f"IMG2IMG_MODEL: cannot load {source}: {type(error).__name__}: {error}")
 
 
 def _watched(blobs: BlobStore, settings: Settings) -> WatchedBlobs:

@@ -198,7 +198,7 @@ class Family:
             raise ModelError(
                 f"the model's own scheduler {class_name}{f' ({kind})' if kind else ''} is not "
                 f"offered. Choose one of {', '.join(offered)} in its img2img.toml: "
-                "[defaults] scheduler"
+                "[defaults] scheduler, or with IMG2IMG_DEFAULT_SCHEDULER"
             )
         return name
 
