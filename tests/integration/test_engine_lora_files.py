@@ -12,12 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from safetensors.torch import save_file
 from torch import Tensor
 
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
+from tests.integration.test_single_file_flow import WRITERS as ORIGINALS
+from tests.integration.test_single_file_flow import _small_widths  # noqa: F401 - a fixture
 from tests.loras import WritingLoras
-from tests.tiny_models import write_sd
+from tests.original_layout import unet_tensors
+from tests.tiny_models import write_sd, write_sdxl
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
 CONVOLUTION = "down_blocks.0.resnets.0.conv1"
@@ -147,6 +151,76 @@ def test_a_file_of_another_tool_changes_the_weights_by_its_formula(
         assert all(map(torch.equal, before, [value for value, _ in changes]))
 
 
+def test_a_file_with_the_original_names_of_a_unet_changes_the_same_layers(tmp_path: Path) -> None:
+    folder = write_sdxl(tmp_path / "model", is_deep=True)
+    denoiser = DiffusersDenoiser.load(str(folder), torch.device("cpu"), torch.float32)
+    network = denoiser._model.network
+    names = dict(zip(network.state_dict(), unet_tensors(network), strict=True))
+    files: dict[str, dict[str, Tensor]] = {"diffusers": {}, "kohya": {}, "comfy": {}}
+    for key, weight in network.state_dict().items():
+        if not key.endswith(".weight") or weight.ndim == 1:
+            continue
+        layer = key.removesuffix(".weight")
+        original = names[key].removeprefix("model.diffusion_model.").removesuffix(".weight")
+        down, up, _ = factors(weight)
+        for file, name in (
+            ("diffusers", f"unet.{layer}"),
+            ("kohya", f"lora_unet_{original.replace('.', '_')}"),
+            ("comfy", f"diffusion_model.{original}"),
+        ):
+            tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+            files[file] |= tensors
+    (tmp_path / "loras").mkdir()
+    for file, tensors in files.items():
+        saved = {key: it.contiguous().clone() for key, it in tensors.items()}
+        save_file(saved, tmp_path / "loras" / f"{file}.safetensors")
+    found = WritingLoras(denoiser, tmp_path / "loras")
+    assert len(found.names) == 3, found.refusals
+    results = []
+    with torch.inference_mode():
+        for name in sorted(files):
+            found.use([found.adapter(name, 1.0)])
+            results.append({key: it.clone() for key, it in network.state_dict().items()})
+    assert all(torch.equal(results[0][key], each[key]) for each in results for key in results[0])
+
+
+@pytest.mark.usefixtures("_small_widths")
+@pytest.mark.parametrize("kind", ["chroma", "flux-dev", "sd3.5"])
+def test_a_file_with_the_original_names_of_a_transformer_is_converted_like_the_model(
+    kind: str, tmp_path: Path
+) -> None:
+    family, write = ORIGINALS[kind]
+    tensors = write(tmp_path / family)
+    cpu = torch.device("cpu")
+    denoiser = DiffusersDenoiser.load(str(tmp_path / family), cpu, torch.float32)
+    network = denoiser._model.network
+    start, changes, file = "model.diffusion_model.", {}, {}
+    tensors = {
+        key.removeprefix(start): it
+        for key, it in tensors.items()
+        if not key.startswith("first_stage_model.")
+    }
+    for key, value in tensors.items():
+        layer, _, kind_of_tensor = key.rpartition(".")
+        is_norm = value.ndim == 1 and f"{layer}.bias" not in tensors
+        if kind_of_tensor in ("weight", "bias") and not is_norm:
+            changes[key] = draw(*value.shape)
+            suffix = "diff" if kind_of_tensor == "weight" else "diff_b"
+            file[f"lora_unet_{layer.replace('.', '_')}.{suffix}"] = changes[key]
+    (tmp_path / "loras").mkdir()
+    save_file(file, tmp_path / "loras" / "ink.safetensors")
+    changed = {key: value + changes.get(key, torch.zeros(())) for key, value in tensors.items()}
+    convert = SINGLE_FILE_LOADABLE_CLASSES[type(network).__name__]["checkpoint_mapping_fn"]
+    expected = convert(checkpoint=changed, config=network.config)
+    with torch.inference_mode():
+        found = WritingLoras(denoiser, tmp_path / "loras")
+        assert found.names == ("ink",), found.refusals
+        found.use([found.adapter("ink", 1.0)])
+        for name, value in network.state_dict().items():
+            torch.testing.assert_close(value, expected[name], msg=name)
+    assert len(changes) > 30
+
+
 def lora(down: Tensor, up: Tensor, **others: Tensor) -> dict[str, Tensor]:
     tensors = {"lora_down.weight": down, "lora_up.weight": up, **others}
     return {f"{KOHYA}.{key}": it for key, it in tensors.items()}
@@ -181,6 +255,13 @@ WRONG: dict[str, tuple[dict[str, Tensor], str]] = {
         "alpha has 2 values instead of one",
     ),
     "vector": ({f"{KOHYA}.diff": torch.ones(16)}, "is no matrix or convolution"),
+    "halves": (
+        {
+            f"{KOHYA}.lora_down.weight": torch.ones(2, 16),
+            f"{KOHYA}.lora_up.weight": torch.ones(8, 2),
+        },
+        "the file belongs to another model",
+    ),
     "no-bias": (
         {f"{KOHYA.replace('to_out_0', 'to_q')}.diff_b": torch.ones(16)},
         "changes the bias of down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q, which has",

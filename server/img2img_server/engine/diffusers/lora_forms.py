@@ -35,6 +35,9 @@ _LORA = {
     "_lora.up.weight": "up",
     ".lora_linear_layer.down.weight": "down",
     ".lora_linear_layer.up.weight": "up",
+    # XLabs has two LoRAs for each name, qkv_lora1 and qkv_lora2.
+    ".down.weight": "down",
+    ".up.weight": "up",
 }
 # The suffixes of tensors, longer ones first where one contains another.
 _SUFFIXES = {

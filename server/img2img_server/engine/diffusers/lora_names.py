@@ -8,10 +8,8 @@ into several is found for every form, although the converters know LoRA only.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any
 
 import torch
@@ -33,8 +31,7 @@ _TEXT_ENCODERS = {
     "text_encoder_2": ("lora_te2_",),
     "text_encoder_3": ("lora_te3_",),
 }
-# The beginning of the names of the denoiser's layers in ComfyUI, and of all layers in peft.
-_COMFY, _PEFT = "diffusion_model.", "base_model.model."
+_PEFT = "base_model.model."  # the beginning of the names of all layers in peft
 # The names of the text encoders that a LoRA may change, in ComfyUI.
 _COMFY_ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 _DENOISER = ("lora_unet_", "lora_transformer_", "lycoris_")
@@ -79,7 +76,7 @@ def find_targets(
     layers = _layers(model, family)
     known = {
         alias: (target,) for target in layers.values() for alias in _aliases(family, target)
-    } | _original_layers(family, layers.values())
+    } | _original_layers(model, family, layers.values())
     found: dict[str, tuple[Target, ...]] = {
         group.name: known[group.name] for group in groups if group.name in known
     }
@@ -94,7 +91,7 @@ def find_targets(
 def _check_outputs(group: Group, pieces: tuple[Target, ...]) -> None:
     """Raises LoraError if a group has not all outputs of its layers, or more."""
     outputs, wanted = group.shape[0], sum(target.weight.shape[0] for target in pieces)
-    if len(pieces) > 1 and outputs != wanted:
+    if any(target.rows is not None for target in pieces) and outputs != wanted:
         raise LoraError(
             f"{group.name} is for a layer of {outputs} outputs, but its layers here have {wanted}: "
             "the file belongs to another model"
@@ -127,20 +124,27 @@ def _aliases(family: Family, target: Target) -> Iterator[str]:
     if target.part == family.denoiser:
         yield target.layer
         yield f"diffusion_model.{target.layer}"
+        yield f"model.diffusion_model.{target.layer}"
 
 
-def _original_layers(family: Family, layers: Iterable[Target]) -> dict[str, tuple[Target, ...]]:
-    """Returns the layers that are one layer in the code of the model's authors, by its names."""
+def _original_layers(
+    model: LoadedModel, family: Family, layers: Iterable[Target]
+) -> dict[str, tuple[Target, ...]]:
+    """Returns the layers by their names in the code of the model's authors, where several may be
+    one layer.
+    """
+    own = {target.layer: target for target in layers if target.part == family.denoiser}
     fused: dict[str, list[Target]] = {}
-    own = [target for target in layers if target.part == family.denoiser]
-    for pattern, name in family.original_names:
-        for target in own:
-            if match := re.fullmatch(pattern, target.layer):
-                fused.setdefault(match.expand(name), []).append(target)
+    for layer, name in family.original_layers(model.network, tuple(own)):
+        fused.setdefault(name, []).append(own[layer])
     found: dict[str, tuple[Target, ...]] = {}
     for name, targets in fused.items():
         sizes = [target.weight.shape[0] for target in targets]
-        rows = torch.split(torch.arange(sum(sizes)), sizes) if len(sizes) > 1 else (None,)
+        rows: Sequence[Tensor | None] = (None,)
+        if len(sizes) > 1:
+            rows = torch.split(torch.arange(sum(sizes)), sizes)
+        elif family.swaps_halves(model.network, targets[0].layer):
+            rows = (torch.arange(sizes[0]).roll(sizes[0] // 2),)
         pieces = tuple(
             replace(target, rows=its_rows) for target, its_rows in zip(targets, rows, strict=True)
         )
@@ -157,12 +161,9 @@ def _converted(
 ) -> Mapping[str, tuple[Target, ...]]:
     """Returns the layers of groups whose names only diffusers' converters know."""
     lost = [group.name for group in groups]
-    for is_kohya, spelling in product((False, True), (None, *_SPELLINGS)):
-        names = [_kohya_name(name) if is_kohya else name for name in (it.name for it in groups)]
-        if is_kohya and names == [group.name for group in groups]:
-            continue
+    for spelling in (None, *_SPELLINGS):
         try:
-            weights = family.convert_lora(model, _probes(groups, names, spelling))
+            weights = family.convert_lora(model, _probes(groups, spelling))
         except Exception:  # noqa: S112 - the converters raise errors of many classes
             continue
         found = _trace(family, groups, weights, layers)
@@ -179,23 +180,14 @@ def _converted(
     )
 
 
-def _kohya_name(name: str) -> str:
-    """Returns the name in kohya's spelling of a layer of the UNet in ComfyUI's spelling."""
-    is_comfy = name.startswith(_COMFY)
-    return f"lora_unet_{name.removeprefix(_COMFY).replace('.', '_')}" if is_comfy else name
-
-
-def _probes(
-    groups: Sequence[Group], names: Sequence[str], spelling: tuple[str, str] | None
-) -> dict[str, Tensor]:
+def _probes(groups: Sequence[Group], spelling: tuple[str, str] | None) -> dict[str, Tensor]:
     """Returns a LoRA of rank 1 for each group, whose values say their places.
 
     Args:
-        names: The names of the groups.
         spelling: The suffixes of the factors; None: those of the file.
     """
     found = {}
-    for number, (group, name) in enumerate(zip(groups, names, strict=True)):
+    for number, group in enumerate(groups):
         outputs, inputs = group.shape
         kernel = group.kernel_size or ()
         down, up = spelling or (
@@ -205,10 +197,10 @@ def _probes(
         columns = torch.arange(1, inputs + 1, dtype=torch.float64)
         rows = torch.arange(1, outputs + 1, dtype=torch.float64) + number * _STRIDE
         ones = [1] * len(kernel)
-        found[name + down] = columns.reshape(1, inputs, *ones).expand(1, inputs, *kernel)
-        found[name + up] = rows.reshape(outputs, 1, *ones)
+        found[group.name + down] = columns.reshape(1, inputs, *ones).expand(1, inputs, *kernel)
+        found[group.name + up] = rows.reshape(outputs, 1, *ones)
         if "alpha" in group.tensors:  # Some converters recognise files by their alphas.
-            found[name + group.suffixes["alpha"]] = torch.tensor(1.0, dtype=torch.float64)
+            found[group.name + group.suffixes["alpha"]] = torch.tensor(1.0, dtype=torch.float64)
     return found
 
 

@@ -6,7 +6,8 @@ import it themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import re
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -83,8 +84,7 @@ class Family:
         tokenizers: The parts of the pipeline that read prompts.
         lora_parts: The parts of the pipeline that a LoRA may change.
         original_names: Patterns of the denoiser's layers, with the names of these layers in the
-            code of the model's authors, which some LoRA files have. Layers with the same name are
-            one layer there, in this order.
+            code of the model's authors, which some LoRA files have, for `original_layers`.
         can_fuse_projections: Whether diffusers computes the same with fused projections.
         default_scheduler: The scheduler of models without one.
         takes_float16: Whether models can run in float16 without overflows.
@@ -350,6 +350,21 @@ class Family:
         return Autoencoder(vae, tile_pixels)
 
     # Methods for LoRAs.
+
+    def original_layers(self, network: Any, layers: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Yields the denoiser's layers with their names in the code of the model's authors. Layers
+        with the same name are one layer there, in this order.
+        """
+        for pattern, name in self.original_names:
+            for layer in layers:
+                if match := re.fullmatch(pattern, layer):
+                    yield layer, match.expand(name)
+
+    def swaps_halves(self, network: Any, layer: str) -> bool:
+        """Returns whether the two halves of a layer's outputs have the other order in the code of
+        the model's authors.
+        """
+        return False
 
     def convert_lora(
         self, model: LoadedModel, weights: Mapping[str, Tensor]

@@ -28,6 +28,52 @@ _SCHNELL_STEPS = 4
 class PackedFamily(FlowFamily):
     """The common part of FLUX.1 and models with its tokens, its T5 prompts and its LoRA files."""
 
+    original_names = (
+        *(
+            (rf"transformer_blocks\.(\d+)\.{ours}", rf"double_blocks.\1.{own}")
+            for ours, own in (
+                *((rf"attn\.to_{name}", "img_attn.qkv") for name in "qkv"),
+                *((rf"attn\.add_{name}_proj", "txt_attn.qkv") for name in "qkv"),
+                (r"attn\.to_out\.0", "img_attn.proj"),
+                (r"attn\.to_add_out", "txt_attn.proj"),
+                (r"ff\.net\.0\.proj", "img_mlp.0"),
+                (r"ff\.net\.2", "img_mlp.2"),
+                (r"ff_context\.net\.0\.proj", "txt_mlp.0"),
+                (r"ff_context\.net\.2", "txt_mlp.2"),
+                (r"norm1\.linear", "img_mod.lin"),
+                (r"norm1_context\.linear", "txt_mod.lin"),
+            )
+        ),
+        *(
+            (rf"single_transformer_blocks\.(\d+)\.{ours}", rf"single_blocks.\1.{own}")
+            for ours, own in (
+                *((rf"attn\.to_{name}", "linear1") for name in "qkv"),
+                (r"proj_mlp", "linear1"),
+                (r"proj_out", "linear2"),
+                (r"norm\.linear", "modulation.lin"),
+            )
+        ),
+        (r"x_embedder", "img_in"),
+        (r"context_embedder", "txt_in"),
+        (r"norm_out\.linear", "final_layer.adaLN_modulation.1"),
+        (r"proj_out", "final_layer.linear"),
+        *(
+            (rf"time_text_embed\.{ours}_embedder\.linear_{number}", f"{own}_in.{side}_layer")
+            for ours, own in (("timestep", "time"), ("text", "vector"), ("guidance", "guidance"))
+            for number, side in ((1, "in"), (2, "out"))
+        ),
+        *(
+            (
+                rf"distilled_guidance_layer\.layers\.(\d+)\.linear_{number}",
+                rf"distilled_guidance_layer.layers.\1.{side}_layer",
+            )
+            for number, side in ((1, "in"), (2, "out"))
+        ),
+    )
+
+    def swaps_halves(self, network: Any, layer: str) -> bool:
+        return layer == "norm_out.linear"
+
     def refusal(self, files: ModelFiles) -> str:
         config = files.config("transformer")
         taken = config.get("in_channels")

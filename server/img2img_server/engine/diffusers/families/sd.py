@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,6 +12,7 @@ from img2img_server.engine.diffusers.families.base import (
     Forward,
     LoadedModel,
 )
+from img2img_server.engine.diffusers.unet_names import original_unet_name
 from img2img_server.engine.family import DISTILLED, ModelFiles, ModelTraits
 
 if TYPE_CHECKING:
@@ -197,6 +198,11 @@ class StableDiffusion(DiffusionFamily):
             torch.tensor([text.guidance_scale - 1]), embedding_dim=width
         )
         return {"guidance_embedding": to_device(embedding, model.device).to(model.dtype)}
+
+    def original_layers(self, network: Any, layers: Sequence[str]) -> Iterator[tuple[str, str]]:
+        for layer in layers:
+            if name := original_unet_name(network.config, layer):
+                yield layer, name
 
     def convert_lora(
         self, model: LoadedModel, weights: Mapping[str, Tensor]

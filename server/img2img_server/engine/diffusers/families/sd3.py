@@ -66,11 +66,28 @@ class StableDiffusion3(FlowFamily):
             r"transformer_blocks\.(\d+)\.norm1\.linear",
             r"joint_blocks.\1.x_block.adaLN_modulation.1",
         ),
+        (
+            r"transformer_blocks\.(\d+)\.norm1_context\.linear",
+            r"joint_blocks.\1.context_block.adaLN_modulation.1",
+        ),
+        (r"norm_out\.linear", "final_layer.adaLN_modulation.1"),
+        (r"proj_out", "final_layer.linear"),
+        (r"pos_embed\.proj", "x_embedder.proj"),
+        *(
+            (rf"time_text_embed\.{ours}_embedder\.linear_{number + 1}", f"{own}.mlp.{2 * number}")
+            for ours, own in (("timestep", "t_embedder"), ("text", "y_embedder"))
+            for number in range(2)
+        ),
     )
     can_fuse_projections = False  # diffusers does not convert the norms of queries and keys
     takes_float16 = True
     num_inference_steps = 28
     guidance_scale = 7.0
+
+    def swaps_halves(self, network: Any, layer: str) -> bool:
+        # The context leaves the last block after its first norm.
+        last = len(network.transformer_blocks) - 1
+        return layer in ("norm_out.linear", f"transformer_blocks.{last}.norm1_context.linear")
 
     def traits(self, files: ModelFiles, scheduler: str = "") -> ModelTraits:
         found = super().traits(files, scheduler)

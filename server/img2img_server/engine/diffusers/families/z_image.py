@@ -32,6 +32,8 @@ class ZImage(FlowFamily):
     original_names = (
         *((rf"(.*)\.attention\.to_{name}", r"\1.attention.qkv") for name in "qkv"),
         (r"(.*)\.attention\.to_out\.0", r"\1.attention.out"),
+        (r"all_x_embedder\.2-1", "x_embedder"),
+        (r"all_final_layer\.2-1\.(.*)", r"final_layer.\1"),
     )
     lengths_vary = True
     num_inference_steps = 28
