@@ -46,11 +46,11 @@ TEXTS = (
 
 @schemathesis.hook
 def before_load_schema(_context: Any, raw_schema: dict[str, Any]) -> None:
-    """Leaves JSON as the only body of POST /v1/jobs and /v1/uploads: the coverage of forms, images
-    and the query would take as long as that of all other paths. tests/contract/test_v1_jobs.py and
-    tests/contract/test_v1_uploads.py have their cases.
+    """Leaves JSON as the only body of POST /v1/jobs, /v1/jobs:estimate and /v1/uploads: the
+    coverage of forms, images and the query would take as long as that of all other paths.
+    tests/contract/test_v1_jobs.py, test_v1_messages.py and test_v1_uploads.py have their cases.
     """
-    for path in ("/v1/jobs", "/v1/uploads"):
+    for path in ("/v1/jobs", "/v1/jobs:estimate", "/v1/uploads"):
         operation = raw_schema["paths"][path]["post"]
         parameters = operation.get("parameters", [])
         operation["parameters"] = [each for each in parameters if each["in"] != "query"]

@@ -56,7 +56,7 @@ _NEEDED_FOR = {
     "storage": "change storage settings",
     "unsafe": "turn the safety checker off",
 }
-_SHOWN_CHARACTERS = 64  # longest name of a model, which the caller sent, in a message
+_SHOWN_CHARACTERS = 80  # longest name, which the caller sent, in a message
 
 
 class OperatorError(Exception):
@@ -135,11 +135,30 @@ class MalformedRequestError(ServiceError):
 
 
 class UnauthenticatedError(ServiceError):
-    """The API key is missing or unknown."""
+    """The API key is unknown."""
 
     code = Code.UNAUTHENTICATED
     reason = "INVALID_API_KEY"
-    sentence = "Invalid API key"
+    sentence = "The API key is wrong: this service has no such key"
+
+
+class ApiKeyMissingError(ServiceError):
+    """The call has no API key."""
+
+    code = Code.UNAUTHENTICATED
+    reason = "INVALID_API_KEY"
+    sentence = "No API key was sent: send it as the metadata authorization: Bearer KEY"
+
+
+class StreamTokenInvalidError(ServiceError):
+    """A text that begins like a token of an event stream is no valid token of the call."""
+
+    code = Code.UNAUTHENTICATED
+    reason = "INVALID_API_KEY"
+    sentence = (
+        "The token is wrong: a token opens the event stream of one job and no other call, and the "
+        "key that made it must be valid"
+    )
 
 
 class ApiKeyExpiredError(ServiceError):
@@ -147,7 +166,7 @@ class ApiKeyExpiredError(ServiceError):
 
     code = Code.UNAUTHENTICATED
     reason = "API_KEY_EXPIRED"
-    sentence = "The API key has expired"
+    sentence = "The API key has expired: ask the operator for a new one"
 
 
 class StreamTokenExpiredError(ServiceError):
@@ -155,7 +174,7 @@ class StreamTokenExpiredError(ServiceError):
 
     code = Code.UNAUTHENTICATED
     reason = "STREAM_TOKEN_EXPIRED"
-    sentence = "The token of this event stream has expired"
+    sentence = "The token of this event stream has expired: create another one"
 
 
 class PermissionDeniedError(ServiceError):
@@ -175,8 +194,13 @@ class JobNotFoundError(ServiceError):
 
     code = Code.NOT_FOUND
     reason = "JOB_NOT_FOUND"
-    sentence = "{name} does not exist or has expired"
+    sentence = (
+        "{name} was not found: its id is wrong, it is one of another tenant, or it has expired"
+    )
     name: str
+
+    def _values(self) -> dict[str, Any]:
+        return {"name": self.name[:_SHOWN_CHARACTERS]}
 
 
 class UploadNotFoundError(ServiceError):
@@ -184,8 +208,14 @@ class UploadNotFoundError(ServiceError):
 
     code = Code.NOT_FOUND
     reason = "UPLOAD_NOT_FOUND"
-    sentence = "There is no upload {upload}"
+    sentence = (
+        "There is no upload {upload}: its id is wrong, it is one of another tenant, or it has "
+        "expired"
+    )
     upload: str
+
+    def _values(self) -> dict[str, Any]:
+        return {"upload": self.upload[:_SHOWN_CHARACTERS]}
 
 
 class UploadExpiredError(ServiceError):
@@ -466,7 +496,7 @@ class NoModelError(ServiceError):
 class InternalError(ServiceError):
     """An unexpected error. The log has its cause under `error_id`."""
 
-    sentence = "internal error {error_id}"
+    sentence = "internal error {error_id}: the operator finds its cause in the log under this id"
     error_id: str
 
 

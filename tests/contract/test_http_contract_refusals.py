@@ -164,7 +164,7 @@ async def test_a_body_of_another_kind_has_a_reason_of_its_own(
     assert (answer.status_code, answer.json()) == (400, error_body(reason, message))
     answer = await legacy.http.post(CREATE, content=sent, headers=headers)
     assert (answer.status_code, answer.json()) == (200, legacy_error_body(message))
-    answer = await today.http.post("/v1/jobs:estimate", content=sent, headers=headers)
+    answer = await today.http.post("/v1/jobs/1:cancel", content=sent, headers=headers)
     media_type = content_type.partition(";")[0]
     message = f"This endpoint takes application/json; the body is {media_type}"
     assert (answer.status_code, answer.json()) == (400, error_body(reason, message))

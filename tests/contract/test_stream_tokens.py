@@ -169,7 +169,7 @@ async def test_an_expired_token_is_refused_with_a_reason(
     now = clock.now
     monkeypatch.setattr(clock, "now", lambda: now() + 61)
     answer = await gateway.http.get(f"/v1/jobs/{job_id}/events?token={token}")
-    expected = (401, "STREAM_TOKEN_EXPIRED", "The token of this event stream has expired")
+    expected = (401, "STREAM_TOKEN_EXPIRED", str(StreamTokenExpiredError()))
     body = answer.json()
     assert (answer.status_code, body["reason"], body["message"]) == expected
 

@@ -12,6 +12,7 @@ import jsonschema_rs
 import pytest
 import pytest_asyncio
 
+from img2img_server.errors import UploadNotFoundError
 from tests.http_stack import Gateway, running_gateway
 from tests.stack import photo, settings
 
@@ -97,7 +98,7 @@ async def test_an_unknown_upload_is_404_with_its_reason(gateway: Gateway) -> Non
         await gateway.http.post("/v1/uploads/nope:complete", headers=KEY),
         await gateway.http.delete("/v1/uploads/nope", headers=KEY),
     ):
-        expected = (404, "UPLOAD_NOT_FOUND", "There is no upload nope")
+        expected = (404, "UPLOAD_NOT_FOUND", str(UploadNotFoundError("nope")))
         body = answer.json()
         assert (answer.status_code, body["reason"], body["message"]) == expected
 

@@ -11,7 +11,7 @@ from grpc.aio import AioRpcError, Metadata
 from img2img.v1 import job_pb2
 from img2img_server import errors
 from img2img_server.api.convert_service import status_of
-from img2img_server.compat.modelslab import responses
+from img2img_server.compat.modelslab import responses, sentences
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 from img2img_server.compat.modelslab.response_formats import Current, Legacy, Plain
 from img2img_server.domain.violations import out_of_range, required
@@ -38,6 +38,8 @@ def body_of(form: Plain, error: RequestError) -> Any:
     ("error", "case", "message", "retry_seconds"),
     [
         (errors.UnauthenticatedError(), ErrorKind.BAD_KEY, "Invalid API key", 30),
+        (errors.ApiKeyMissingError(), ErrorKind.BAD_KEY, "Invalid API key", 30),
+        (errors.StreamTokenInvalidError(), ErrorKind.BAD_KEY, "Invalid API key", 30),
         (
             errors.PermissionDeniedError("operate"),
             ErrorKind.FORBIDDEN,
@@ -90,7 +92,7 @@ def body_of(form: Plain, error: RequestError) -> Any:
         (
             errors.RequestIdReusedError("x"),
             ErrorKind.REQUEST_ID_REUSED,
-            ErrorKind.REQUEST_ID_REUSED.message,
+            str(errors.RequestIdReusedError("x")),
             30,
         ),
         (
@@ -99,7 +101,12 @@ def body_of(form: Plain, error: RequestError) -> Any:
             "jobs/1 has already failed",
             30,
         ),
-        (errors.ApiKeyExpiredError(), ErrorKind.BAD_KEY, "The API key has expired", 30),
+        (
+            errors.ApiKeyExpiredError(),
+            ErrorKind.BAD_KEY,
+            str(errors.ApiKeyExpiredError()),
+            30,
+        ),
         (
             errors.UploadNotFoundError("u"),
             ErrorKind.UNKNOWN_UPLOAD,
@@ -126,12 +133,11 @@ def test_every_error_of_the_api_is_a_refusal(
     error: errors.ServiceError, case: ErrorKind, message: str, retry_seconds: int
 ) -> None:
     reported = refusal(failed(error))
-    assert (reported.kind, reported.message, reported.retry_seconds) == (
-        case,
-        message,
-        retry_seconds,
-    )
-    assert reported.reason == error.reason
+    found = reported.kind, reported.reason, reported.retry_seconds
+    assert found == (case, error.reason, retry_seconds)
+    assert body_of(ErrorFormat(), reported)["message"] == str(error)
+    fixed = sentences.error_sentence(error.reason, error.metadata) or message
+    assert body_of(Current(), reported)["message"] == fixed
 
 
 def test_every_error_of_the_tree_is_in_the_table_above() -> None:
@@ -159,6 +165,8 @@ def test_every_error_of_the_tree_is_in_the_table_above() -> None:
         "StreamTokenExpiredError",
         "StreamTokenKeysMissingError",
         "ApiKeyExpiredError",
+        "ApiKeyMissingError",
+        "StreamTokenInvalidError",
         "UploadNotFoundError",
         "UploadExpiredError",
         "UploadIncompleteError",

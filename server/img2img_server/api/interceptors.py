@@ -25,7 +25,7 @@ from img2img_server.api.receive import RECEIVE_SECONDS, WAIT_SECONDS, Parse, Rec
 from img2img_server.api.stream_tokens import StreamTokens
 from img2img_server.budget import Budget
 from img2img_server.nats.key_uses import KeyUses
-from img2img_server.settings import Settings
+from img2img_server.settings import STREAM_PREFIX, Settings
 from img2img_server.telemetry import RPC_SECONDS, RPCS, count_refusal
 from img2img_server.tracing import end, enter, extracted
 
@@ -130,7 +130,7 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
             except errors.StreamTokenExpiredError as refused:
                 return rpc.refusing(refused)
             if principal is None:
-                return rpc.refusing(errors.UnauthenticatedError())
+                return rpc.refusing(_unknown(key))
             rpc = _Rpc(details, principal, self._receiver)
         if has_expired:
             return rpc.refusing(errors.ApiKeyExpiredError())
@@ -273,6 +273,15 @@ class _Rpc:
             RPC_SECONDS.labels(self.method).observe(seconds)
             log.info("rpc", method=self.method, code=code, seconds=round(seconds, 4), **self._facts)
             end(span, "" if code in ("OK", "CANCELLED") else code)
+
+
+def _unknown(key: str) -> errors.ServiceError:
+    """Returns the error of a text that is neither a key nor a token of the call."""
+    if not key:
+        return errors.ApiKeyMissingError()
+    if key.startswith(STREAM_PREFIX):
+        return errors.StreamTokenInvalidError()
+    return errors.UnauthenticatedError()
 
 
 def bearer_key(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:

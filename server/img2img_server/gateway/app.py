@@ -42,6 +42,7 @@ from img2img_server.settings import Settings
 from img2img_server.storage.interface import BlobStore
 
 _STATUS = {"type": "object", "properties": {"status": {"type": "string"}}, "required": ["status"]}
+_NO_ROUTE = "There is no such path: GET / lists the paths, and /docs describes them"
 _PROBE: dict[str, Any] = {"content": {"application/json": {"schema": _STATUS}}}
 
 
@@ -82,7 +83,7 @@ def create_app(
         form: ErrorFormat = response_format
         if openai_errors.serves(scope["path"]):
             form = openai_format
-        elif scope["path"].startswith("/v1/"):
+        elif f"{scope['path']}/".startswith("/v1/"):
             form = v1_format
         return JSONResponse(*form.error(error))
 
@@ -98,10 +99,12 @@ def create_app(
         if error.status_code == ErrorKind.WRONG_METHOD.status:
             methods = [m for r in iter_route_contexts(app.routes) for m in _methods(r, path)]
             allow = {"Allow": ", ".join(dict.fromkeys([*methods, "OPTIONS"]))}
-            return refuse(request.scope, RequestError(ErrorKind.WRONG_METHOD, headers=allow))
+            message = f"This path takes {' or '.join(dict.fromkeys(methods))}"
+            wrong = RequestError(ErrorKind.WRONG_METHOD, message, headers=allow)
+            return refuse(request.scope, wrong)
         if is_file_path(path):  # The path parameter does not match a line feed.
             return missing()
-        return refuse(request.scope, RequestError(ErrorKind.NO_ROUTE))
+        return refuse(request.scope, RequestError(ErrorKind.NO_ROUTE, _NO_ROUTE))
 
     # The middleware that is added last runs first.
     app.add_middleware(

@@ -70,19 +70,13 @@ _OF_STATUS = {
     # A stopping api ends long calls with this status.
     grpc.StatusCode.CANCELLED: ErrorKind.UNAVAILABLE,
 }
-# The api's message is more specific than that of the kind.
-_EXPLAINED = (ErrorKind.FORBIDDEN, ErrorKind.JOB_ENDED, ErrorKind.RATE_LIMIT)
-_EXPLAINED_REASONS = (
-    "API_KEY_EXPIRED",
-    "NO_MODEL",
-    "STORAGE_KEYS_MISSING",
-    "STREAM_TOKEN_KEYS_MISSING",
-    "STREAM_TOKEN_EXPIRED",
-    "UPLOADS_DISABLED",
-    "UPLOAD_NOT_FOUND",
-    "UPLOAD_EXPIRED",
-    "UPLOAD_INCOMPLETE",
-    "MESSAGE_TOO_LARGE",
+_NO_KEY = (
+    "No API key was sent: send it in the header Authorization as `Bearer KEY`, or in the header "
+    "key or X-API-Key; it is never read from the query"
+)
+_NO_SUCH_KEY = (
+    f"The API key is wrong: keys have at most {_MAX_KEY_CHARACTERS} printable ASCII characters and "
+    "no spaces"
 )
 T = TypeVar("T")
 Detail = TypeVar("Detail", bound=Message)
@@ -313,8 +307,10 @@ async def _call(
 
 def _metadata(key: str) -> tuple[tuple[str, str], ...]:
     """Returns the metadata of a call. Raises BAD_KEY if metadata cannot contain the key."""
-    if not key or len(key) > _MAX_KEY_CHARACTERS or not all("!" <= char <= "~" for char in key):
-        raise RequestError(ErrorKind.BAD_KEY)
+    if not key:
+        raise RequestError(ErrorKind.BAD_KEY, _NO_KEY)
+    if len(key) > _MAX_KEY_CHARACTERS or not all("!" <= char <= "~" for char in key):
+        raise RequestError(ErrorKind.BAD_KEY, _NO_SUCH_KEY)
     return (("authorization", f"Bearer {key}"), *injected().items())
 
 
@@ -336,7 +332,7 @@ def refusal(error: grpc.aio.AioRpcError, model: str = "") -> RequestError:
     seconds = math.ceil(retry.retry_delay.ToNanoseconds() / 1e9)
     return RequestError(
         ErrorKind.FIELDS if violations else kind,
-        text if kind in _EXPLAINED or reason in _EXPLAINED_REASONS else "",
+        text if reason else "",  # gRPC's own texts may have addresses.
         reason=reason,
         violations=violations,
         retry_seconds=max(1, seconds) if retry.HasField("retry_delay") else RETRY_SECONDS,

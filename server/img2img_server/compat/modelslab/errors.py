@@ -11,7 +11,9 @@ RETRY_SECONDS = 30  # seconds; used if the api gives no estimate
 
 
 class ErrorKind(Enum):
-    """HTTP status, reason and default message of every error. The api's own reason replaces it."""
+    """HTTP status, reason and message of every error, as ModelsLab's callers get them. Callers of
+    other APIs get the message of the RequestError, which says what to do.
+    """
 
     INVALID_JSON = 400, "INVALID_JSON", "Invalid JSON body"
     FIELDS = 400, "INVALID_REQUEST", ""  # The message is that of the first violation.

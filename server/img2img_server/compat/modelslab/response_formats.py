@@ -72,10 +72,10 @@ class Legacy(Current):
     """ModelsLab's responses in legacy mode: status 200, `messege`, and fetches with few keys."""
 
     def error(self, error: RequestError) -> Reply:
-        if error.kind is ErrorKind.UNKNOWN_JOB:
-            body = {"status": "failed", "id": "", "message": error.message, "output": "", "tip": ""}
-            return body, 200, {}
         message: Any = _sentence(error)
+        if error.kind is ErrorKind.UNKNOWN_JOB:
+            body = {"status": "failed", "id": "", "message": message, "output": "", "tip": ""}
+            return body, 200, {}
         more: dict[str, Any] = {}
         if error.violations:
             named = [(v.field, sentences.legacy_field_sentence(v)) for v in error.violations]
@@ -106,7 +106,9 @@ class Legacy(Current):
 
 
 def _sentence(error: RequestError) -> str:
-    return sentences.error_sentence(error.reason, error.metadata) or error.message
+    if sentence := sentences.error_sentence(error.reason, error.metadata):
+        return sentence
+    return error.message if error.reason in sentences.OURS else error.kind.message
 
 
 def _by_field(sentences: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

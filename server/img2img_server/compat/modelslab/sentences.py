@@ -27,6 +27,29 @@ _FIELDS: dict[tuple[str, str], str] = {
     ("", Reason.INVALID_URL): "{field} must be a valid URL",
     ("", Reason.FORBIDDEN_ADDRESS): "{field} must be a public address",
 }
+# Reasons of errors of which ModelsLab has no sentence, so that its callers get our own. For every
+# other reason they get that of the error kind.
+OURS = frozenset(
+    {
+        "API_KEY_EXPIRED",
+        "JOB_ENDED",
+        "MESSAGE_TOO_LARGE",
+        "NO_MODEL",
+        "PERMISSION_DENIED",
+        "QUEUE_FULL",
+        "RATE_LIMITED",
+        "REQUEST_ID_REUSED",
+        "STORAGE_KEYS_MISSING",
+        "STREAM_TOKEN_EXPIRED",
+        "STREAM_TOKEN_KEYS_MISSING",
+        "TOO_MANY_CALLS",
+        "UPLOADS_DISABLED",
+        "UPLOADS_FULL",
+        "UPLOAD_EXPIRED",
+        "UPLOAD_INCOMPLETE",
+        "UPLOAD_NOT_FOUND",
+    }
+)
 ERRORS = {
     "QUEUE_FULL": "Rate limit exceeded. Maximum {limit} queued requests allowed.",
     "RATE_LIMITED": "Rate limit exceeded. Maximum {per_minute} requests per minute allowed.",

@@ -25,6 +25,10 @@ _PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
     "Access-Control-Allow-Headers": "Content-Type, Authorization, key, X-API-Key, X-Requested-With",
 }
+_FOREIGN = (
+    "Pages of this origin may not call this service: its operator lists origins in "
+    "IMG2IMG_CORS_ORIGINS"
+)
 _OF_OPENAI = re.compile(r"\b(?:x-stainless|openai)-[a-z-]{1,40}\b", re.ASCII)
 _MAX_OF_OPENAI = 20
 _LOOPBACK = r"localhost|127(\.\d{1,3}){3}|\[::1\]"
@@ -62,7 +66,7 @@ class Cors(CORSMiddleware):
         if scope["method"] == "OPTIONS":
             app = Response(status_code=204, headers=_preflight(headers))
         elif self._is_guarded and self._is_foreign(headers):
-            app = self._refuse(scope, RequestError(ErrorKind.FOREIGN_PAGE))
+            app = self._refuse(scope, RequestError(ErrorKind.FOREIGN_PAGE, _FOREIGN))
         await app(scope, receive, partial(self.send, send=send, request_headers=headers))
 
     async def send(self, message: Message, send: Send, request_headers: Headers) -> None:

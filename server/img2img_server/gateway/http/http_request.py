@@ -10,8 +10,8 @@ import json
 import random
 import re
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
 from typing import Any
 
 from starlette.requests import Request
@@ -33,16 +33,30 @@ _PART_SECONDS = 10.0
 # prompts and annotations of the greatest length can have 36,000 of them.
 _VALUE_STARTS = (b"{", b"[", b",")
 MAX_VALUES = 40_000
+_JSON_KINDS = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+_SHOWN_CHARACTERS = 64  # longest name, which the caller sent, in a message
+_TOO_LARGE = (
+    f"The body must not be larger than {MAX_BODY_BYTES / 2**20:g} MiB: send a smaller init image, "
+    "or its URL"
+)
+_TOO_MANY_VALUES = f"The body must not have more than {MAX_VALUES} JSON values"
+_SLOW_BODY = (
+    f"The body must arrive within {_BODY_SECONDS:g} s, and at least {_PART_BYTES / 2**10:g} KiB "
+    f"every {_PART_SECONDS:g} s"
+)
 _MEDIA_TYPE = re.compile(r"[a-z0-9!#$&^_.+-]{1,63}/[a-z0-9!#$&^_.+-]{1,63}")
 _SALT = secrets.token_bytes(16)
 _HOST = re.compile(r"[A-Za-z0-9._\-\[\]:]{1,255}")
 
 
-async def read_json(request: Request, takes: str = "application/json") -> dict[str, Any]:
+async def read_json(
+    request: Request, takes: str = "application/json", *, unique: bool = False
+) -> dict[str, Any]:
     """Reads the body as a JSON object, whatever Content-Type says; an empty body is {}.
 
     Args:
         takes: The bodies that the endpoint takes, for the message of an error.
+        unique: Whether a name that an object has twice is an error. Otherwise the last one counts.
 
     Raises:
         RequestError: TOO_LARGE, SLOW_BODY, INVALID_JSON (with the reason UNSUPPORTED_MEDIA_TYPE if
@@ -50,12 +64,17 @@ async def read_json(request: Request, takes: str = "application/json") -> dict[s
         ClientDisconnect: the client closed the connection.
     """
     raw = await read_body(request)
-    body: Any = None
-    if sum(map(raw.count, _VALUE_STARTS)) <= MAX_VALUES:
-        with suppress(ValueError, RecursionError):
-            body = json.loads(raw) if raw.strip() else {}
+    if sum(map(raw.count, _VALUE_STARTS)) > MAX_VALUES:
+        raise _not_json(request, takes, raw, _TOO_MANY_VALUES)
+    try:
+        body = json.loads(raw, object_pairs_hook=_unique if unique else None) if raw.strip() else {}
+    except (ValueError, RecursionError) as error:
+        message = f"The body is not valid JSON: {_json_fault(error)}"
+        raise _not_json(request, takes, raw, message) from None
     if not isinstance(body, dict):
-        raise _not_json(request, takes)
+        kind = _JSON_KINDS.get(type(body), "a number")
+        message = f"The body must be a JSON object, and it is {kind}"
+        raise _not_json(request, takes, raw, message)
     return body
 
 
@@ -70,7 +89,8 @@ async def read_body(request: Request) -> bytearray:
         async with asyncio.timeout(_BODY_SECONDS):
             return await _read(request)
     except TimeoutError:
-        raise RequestError(ErrorKind.SLOW_BODY, headers={"Connection": "close"}) from None
+        headers = {"Connection": "close"}
+        raise RequestError(ErrorKind.SLOW_BODY, _SLOW_BODY, headers=headers) from None
 
 
 def media_type_of(request: Request) -> str:
@@ -78,16 +98,54 @@ def media_type_of(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def _not_json(request: Request, takes: str) -> RequestError:
-    """Returns the error for a body that is not a JSON object. On our own paths its message names
-    the body's media type; on the contract's paths the message is fixed."""
+def unsupported(request: Request, takes: str) -> RequestError:
+    """Returns the error for a body of a kind that the endpoint does not take."""
     media_type = media_type_of(request)
-    if media_type in ("", "text/plain") or media_type.endswith("json"):
-        return RequestError(ErrorKind.INVALID_JSON)
-    message = ""
-    if request.scope["path"].startswith("/v1/") and _MEDIA_TYPE.fullmatch(media_type):
-        message = f"This endpoint takes {takes}; the body is {media_type}"
+    shown = f"; the body is {media_type}" if _MEDIA_TYPE.fullmatch(media_type) else ""
+    message = f"This endpoint takes {takes}{shown}"
     return RequestError(ErrorKind.INVALID_JSON, message, reason="UNSUPPORTED_MEDIA_TYPE")
+
+
+class _RepeatedNameError(ValueError):
+    """An object has a name twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        [(repeated, _)] = counts.most_common(1)
+        raise _RepeatedNameError(ascii(repeated[:_SHOWN_CHARACTERS]))
+    return found
+
+
+def _json_fault(error: Exception) -> str:
+    """Returns why a text is no JSON, and where."""
+    match error:
+        case json.JSONDecodeError():
+            return f"line {error.lineno}, column {error.colno}: {_lower(error.msg)}"
+        case UnicodeDecodeError():
+            return f"the byte at position {error.start} is not {error.encoding.upper()}"
+        case _RepeatedNameError():
+            return f"an object has the name {error} twice"
+        case RecursionError():
+            return "its values are nested too deeply"
+        case _:  # Python reads integers of up to 4300 digits.
+            return "a number has too many digits"
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _not_json(request: Request, takes: str, raw: bytearray, message: str) -> RequestError:
+    """Returns the error for a body that is not a JSON object, or that was not meant to be one."""
+    media_type = media_type_of(request)
+    is_meant = media_type in ("", "text/plain") or media_type.endswith("json")
+    # `curl -d` names another type, so the first character counts too.
+    if is_meant or raw.lstrip()[:1] == b"{":
+        return RequestError(ErrorKind.INVALID_JSON, message)
+    return unsupported(request, takes)
 
 
 async def _read(request: Request) -> bytearray:
@@ -96,7 +154,7 @@ async def _read(request: Request) -> bytearray:
     announced = int(text) if text.isdecimal() else 0
     error: RequestError | None = None
     if announced > MAX_BODY_BYTES:
-        error = RequestError(ErrorKind.TOO_LARGE)
+        error = RequestError(ErrorKind.TOO_LARGE, _TOO_LARGE)
         if "expect" in request.headers:  # The client has not sent the body yet.
             raise error
     body = bytearray()
@@ -106,7 +164,7 @@ async def _read(request: Request) -> bytearray:
         if size > MAX_BODY_BYTES + _MAX_DISCARDED_BYTES:
             break
         if size > MAX_BODY_BYTES:
-            error = RequestError(ErrorKind.TOO_LARGE)
+            error = RequestError(ErrorKind.TOO_LARGE, _TOO_LARGE)
         if not error:
             body += chunk
             try:
@@ -138,10 +196,13 @@ async def _parts(request: Request) -> AsyncIterator[bytes]:
 
 def find_key(request: Request, body: Mapping[str, Any]) -> str:
     """Returns the first key that is not empty: of the body, the bearer token, the header `key`, the
-    header X-API-Key. Returns "" if there is none, or if the body's key is not a string.
+    header X-API-Key. Returns "" if there is none.
 
     The request's log line gets a salted hash of the key, so that the lines of one caller can be
     found.
+
+    Raises:
+        RequestError: BAD_KEY if the body's key is no string.
     """
     key = _find_key(request, body)
     request.state.caller = hashlib.blake2s(key.encode(errors="replace"), key=_SALT).hexdigest()[:8]
@@ -150,9 +211,11 @@ def find_key(request: Request, body: Mapping[str, Any]) -> str:
 
 def _find_key(request: Request, body: Mapping[str, Any]) -> str:
     in_body = body.get("key")
-    if in_body is not None and in_body != "":
-        return in_body if isinstance(in_body, str) else ""
-    return header_key(request.headers)
+    if in_body is None or in_body == "":
+        return header_key(request.headers)
+    if not isinstance(in_body, str):
+        raise RequestError(ErrorKind.BAD_KEY, "key must be a text")
+    return in_body
 
 
 def link_base(request: Request, public_base_url: str) -> str:

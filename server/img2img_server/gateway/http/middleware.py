@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from img2img_server.budget import Budget, Share
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
-from img2img_server.errors import ServerBusyError
+from img2img_server.errors import InternalError, ServerBusyError
 from img2img_server.gateway.http.callers import Callers, KeySearch, header_key
 from img2img_server.gateway.http.connections import SCOPE_KEY, Connection, Connections
 from img2img_server.gateway.http.request_ids import RESPONSE_HEADER
@@ -39,6 +39,9 @@ PROBES = ("/healthz", "/readyz")
 # Bytes of bodies without a valid key. A single peer can send one of the largest size.
 PEER_BYTES: Final = 64 * 2**20
 UNCOUNTED_BYTES: Final = 16 * 2**10  # of each body without a valid key
+_NO_ROOM: Final = (
+    "This gateway has as many open requests of the key or the address as it takes; try again later"
+)
 # Returns the response to a rejected request, in the format of its path.
 Refuse: TypeAlias = Callable[[Scope, RequestError], Response]
 log = structlog.get_logger()
@@ -88,10 +91,11 @@ class AccessLog:
         except ClientDisconnect:
             pass
         except Exception as error:
-            log.error("http_request_failed", error_id=secrets.token_hex(8), exc_info=error)
+            fault = InternalError(secrets.token_hex(8))
+            log.error("http_request_failed", error_id=fault.error_id, exc_info=error)
             if code:  # The response has begun, so the connection is closed.
                 raise
-            response = self._refuse(scope, RequestError(ErrorKind.FAULT))
+            response = self._refuse(scope, RequestError(ErrorKind.FAULT, str(fault)))
             await response(scope, receive, send_noting_code)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
@@ -164,10 +168,11 @@ class RequestLimits:
     def claim(self, connection: Connection, owner: str, *, has_key: bool) -> None:
         """Counts the connection to the owner. Raises RequestError if the owner has no more room."""
         if not self._connections.claim(connection, owner, has_key=has_key):
-            raise RequestError(ErrorKind.UNAVAILABLE, retry_seconds=1)
+            raise RequestError(ErrorKind.UNAVAILABLE, _NO_ROOM, retry_seconds=1)
 
     async def _reject(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = self._refuse(scope, RequestError(ErrorKind.UNAVAILABLE, retry_seconds=1))
+        error = RequestError(ErrorKind.UNAVAILABLE, _NO_ROOM, retry_seconds=1)
+        response = self._refuse(scope, error)
         await response(scope, receive, send)
 
 
@@ -213,7 +218,7 @@ class HeldBody:
             self._grow(size)
         except ServerBusyError as error:
             seconds = math.ceil(error.retry_seconds or 1)
-            raise RequestError(ErrorKind.UNAVAILABLE, retry_seconds=seconds) from None
+            raise RequestError(ErrorKind.UNAVAILABLE, str(error), retry_seconds=seconds) from None
 
     def _grow(self, size: int) -> None:
         if self._share:

@@ -109,14 +109,18 @@ class Endpoints:
     async def list_models(self, request: Request) -> JSONResponse:
         """Returns the models being served, the default one first."""
         models = await self._models(request)
-        return JSONResponse({"object": "list", "data": list(map(responses.model, models))})
+        headers = responses.without_effect(request.query_params)
+        data = list(map(responses.model, models))
+        return JSONResponse({"object": "list", "data": data}, headers=headers)
 
     async def get_model(self, request: Request, name: ModelName) -> JSONResponse:
         """Returns one model."""
         for each in await self._models(request):
             if each.name == name:
-                return JSONResponse(responses.model(each))
-        unknown = Violation("model", Reason.NOT_SUPPORTED, "There is no model of this name")
+                headers = responses.without_effect(request.query_params)
+                return JSONResponse(responses.model(each), headers=headers)
+        message = "There is no model of this name: GET /v1/models lists those that are served"
+        unknown = Violation("model", Reason.NOT_SUPPORTED, message)
         raise RequestError(ErrorKind.FIELDS, reason="MODEL_NOT_FOUND", violations=[unknown])
 
     async def _models(self, request: Request) -> list[service_pb2.Model]:

@@ -14,7 +14,6 @@ from starlette.requests import Request
 
 from img2img.v1 import job_pb2
 from img2img_server.compat.modelslab import names
-from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 from img2img_server.compat.modelslab.requests import init_image
 from img2img_server.domain.params import ImageFormat
 from img2img_server.domain.violations import (
@@ -26,7 +25,7 @@ from img2img_server.domain.violations import (
     required,
 )
 from img2img_server.gateway.http import forms
-from img2img_server.gateway.http.http_request import media_type_of, read_json
+from img2img_server.gateway.http.http_request import media_type_of, read_json, unsupported
 from img2img_server.gateway.openai.errors import renamed
 from img2img_server.gateway.v1 import protojson
 
@@ -92,11 +91,11 @@ async def read(request: Request, link_base: str) -> Edit:
     if media_type == forms.MEDIA_TYPE:
         fields, images, violations = _of_form(await forms.read_form(request))
     elif media_type in ("", "text/plain") or media_type.endswith("json"):
-        fields, images, violations = _of_json(await read_json(request))
+        fields, images, violations = _of_json(await read_json(request, unique=True))
     else:
-        message = f"This endpoint takes {forms.MEDIA_TYPE} or application/json"
-        raise RequestError(ErrorKind.INVALID_JSON, message, reason="UNSUPPORTED_MEDIA_TYPE")
+        raise unsupported(request, f"{forms.MEDIA_TYPE} or application/json")
     edit = Edit(violations=violations)
+    edit.ignored += request.query_params  # None has an effect: Azure's clients send api-version.
     _fill(edit, {name: value for name, value in fields.items() if value not in (None, "")})
     if len(images) == 1:
         edit.spec.init_image.CopyFrom(images[0])

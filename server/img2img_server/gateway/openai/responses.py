@@ -31,14 +31,18 @@ _NO_TOKENS: Final = {
 
 def headers(job: job_pb2.Job, ignored: Iterable[str]) -> dict[str, str]:
     """Returns the headers that name the job, the fields without effect, and its warning."""
-    found = {JOB_HEADER: str(job.id)}
-    names = list(dict.fromkeys(ignored))
-    if names:
-        shown = [quote(name[:_MAX_NAME_CHARACTERS], safe="[]") for name in names[:_MAX_NAMES]]
-        found[IGNORED_HEADER] = ", ".join(shown + ["..."] * (len(names) > _MAX_NAMES))
+    found = {JOB_HEADER: str(job.id), **without_effect(ignored)}
     if job.warning:
         found[WARNING_HEADER] = " ".join(job.warning.encode("ascii", "replace").decode().split())
     return found
+
+
+def without_effect(ignored: Iterable[str]) -> dict[str, str]:
+    """Returns the header that names the fields without effect, if there are any."""
+    if not (names := list(dict.fromkeys(ignored))):
+        return {}
+    shown = [quote(name[:_MAX_NAME_CHARACTERS], safe="[]") for name in names[:_MAX_NAMES]]
+    return {IGNORED_HEADER: ", ".join(shown + ["..."] * (len(names) > _MAX_NAMES))}
 
 
 def model(each: service_pb2.Model) -> dict[str, Any]:

@@ -16,7 +16,7 @@ Bodies are the methods' own messages as JSON, see protojson.py.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import Annotated, Any
@@ -36,14 +36,17 @@ from img2img_server.gateway.http import event_stream, request_ids
 from img2img_server.gateway.http.callers import header_key
 from img2img_server.gateway.http.event_stream import PING, paced
 from img2img_server.gateway.http.http_request import find_key, link_base, read_json
-from img2img_server.gateway.openapi import BODY, WITH_TOKEN, body, outcomes
+from img2img_server.gateway.openapi import BODY, WITH_TOKEN, outcomes
 from img2img_server.gateway.upstream import ENDED, Creation, Upstream
-from img2img_server.gateway.v1 import job_lists, job_requests, protojson
+from img2img_server.gateway.v1 import job_lists, job_requests, protojson, unknown_fields
 from img2img_server.gateway.v1.errors import ErrorFormat, V1Error
-from img2img_server.gateway.v1.schemas import JOB_BODY, JOB_QUERY
+from img2img_server.gateway.v1.schemas import ESTIMATE_BODY, JOB_BODY, JOB_QUERY
 from img2img_server.settings import STREAM_PREFIX, Settings
 
 _MAX_SEQUENCE = 2**53 - 1  # the largest integer that every JSON parser reads exactly
+_KEY_IN_QUERY = (
+    "token must be one that POST /v1/jobs/{id}:token made; a key is never read from the query"
+)
 _EVENT = {
     "type": "object",
     "properties": {key: {"type": "string"} for key in ("event", "id", "data")},
@@ -96,7 +99,7 @@ class Endpoints:
         router.post("/jobs", responses=found, openapi_extra=extra)(self.create_job)
         failing = [*BODY, ErrorKind.FIELDS, ErrorKind.FORBIDDEN]
         found = _outcomes("EstimateJobResponse", errors=failing)
-        extra = body("EstimateJobRequest")
+        extra = {**ESTIMATE_BODY, "parameters": [JOB_QUERY]}
         router.post("/jobs:estimate", responses=found, openapi_extra=extra)(self.estimate_job)
         found = _outcomes("ListJobsResponse", errors=[ErrorKind.FIELDS])
         router.get("/jobs", responses=found, openapi_extra=job_lists.PARAMETERS)(self.list_jobs)
@@ -124,7 +127,9 @@ class Endpoints:
     async def get_capabilities(self, request: Request) -> Response:
         """Returns the models being served, the default one first, and the limits, as
         GetCapabilities does over gRPC."""
-        return protojson.response(await self._upstream.capabilities(find_key(request, {})))
+        key = find_key(request, {})
+        await self._refuse_unknown(request, key)
+        return protojson.response(await self._upstream.capabilities(key))
 
     async def create_job(self, request: Request) -> Response:
         """Queues a job and responds at once, as CreateJob does over gRPC. The body is JSON, a form
@@ -148,16 +153,16 @@ class Endpoints:
         return protojson.response(service_pb2.CreateJobResponse(job=job))
 
     async def estimate_job(self, request: Request) -> Response:
-        """Estimates a job without creating it, as EstimateJob does over gRPC. The init image may be
-        left out."""
-        sent = await read_json(request)
-        key = find_key(request, sent)
-        sent.pop("key", None)
-        wanted = service_pb2.EstimateJobRequest()
-        if violations := protojson.fill(wanted, sent):
+        """Estimates a job without creating it, as EstimateJob does over gRPC. The request is like
+        one of POST /v1/jobs, and the init image may be left out."""
+        sent = await job_requests.read(request)
+        key = find_key(request, {"key": sent.key})
+        if "request_id" in sent.given:  # An estimate creates nothing.
+            sent.violations.append(protojson.unknown("request_id"))
+        if sent.violations:
             await self._upstream.caller(key)  # A wrong key is reported before wrong fields.
-            raise RequestError(ErrorKind.FIELDS, violations=merge(Img2ImgRequest, violations))
-        return protojson.response(await self._upstream.estimate(key, wanted.spec))
+            raise RequestError(ErrorKind.FIELDS, violations=merge(Img2ImgRequest, sent.violations))
+        return protojson.response(await self._upstream.estimate(key, sent.create.spec))
 
     async def list_jobs(self, request: Request) -> Response:
         """Returns a page of your jobs, newest first, as ListJobs does over gRPC. With `request_id`,
@@ -173,13 +178,15 @@ class Endpoints:
     async def get_job(self, request: Request, job_id: JobId) -> Response:
         """Returns a job with its state, its images and its timings, as GetJob does over gRPC. The
         key must be in a header."""
-        job = await self._upstream.get(find_key(request, {}), job_id)
+        key = find_key(request, {})
+        await self._refuse_unknown(request, key)
+        job = await self._upstream.get(key, job_id)
         return protojson.response(service_pb2.GetJobResponse(job=job))
 
     async def cancel_job(self, request: Request, job_id: JobId) -> Response:
         """Ends a queued job at once and a running one at its next step, as CancelJob does over
         gRPC."""
-        key = find_key(request, await read_json(request))
+        key = await self._key_of_body(request)
         return protojson.response(
             service_pb2.CancelJobResponse(job=await self._upstream.cancel(key, job_id))
         )
@@ -187,7 +194,7 @@ class Endpoints:
     async def create_stream_token(self, request: Request, job_id: JobId) -> Response:
         """Returns a token for /v1/jobs/{id}/events, as CreateStreamToken does over gRPC. Give it
         to a page in a browser as `?token=`: an EventSource sends no headers."""
-        key = find_key(request, await read_json(request))
+        key = await self._key_of_body(request)
         return protojson.response(await self._upstream.stream_token(key, job_id))
 
     async def watch_job(
@@ -203,8 +210,12 @@ class Endpoints:
         reconnecting after the last event."""
         token = "" if header_key(request.headers) else request.query_params.get("token", "")
         if token and not token.startswith(STREAM_PREFIX):  # A key in a query would get into logs.
-            raise RequestError(ErrorKind.BAD_KEY)
+            raise RequestError(ErrorKind.BAD_KEY, _KEY_IN_QUERY)
         key = find_key(request, {"key": token})
+        # A token can call no other method, so it is not checked before the parameters.
+        if not token:
+            known = ("token", "after_sequence")
+            await self._refuse_unknown(request, key, known)
         text = last_event_id or after_sequence or "0"
         after = int(text) if text.isascii() and text.isdigit() and len(text) <= 16 else -1
         if not 0 <= after <= _MAX_SEQUENCE:
@@ -218,6 +229,19 @@ class Endpoints:
         events = self._upstream.watch(key, job_id, after)
         first = await anext(events)  # Errors are reported before the stream begins.
         return EventSourceResponse(self._frames(first, events), headers=event_stream.HEADERS)
+
+    async def _key_of_body(self, request: Request) -> str:
+        """Returns the key of a request whose body has no other field."""
+        sent = await read_json(request, unique=True)
+        key = find_key(request, sent)
+        await unknown_fields.refuse(request, partial(self._upstream.caller, key), sent)
+        return key
+
+    async def _refuse_unknown(
+        self, request: Request, key: str, known: Collection[str] = ()
+    ) -> None:
+        """Raises RequestError if the query has parameters that are not known."""
+        await unknown_fields.refuse(request, partial(self._upstream.caller, key), known=known)
 
     async def _is_last(self, key: str, job_id: str, sequence: int) -> bool:
         """Returns whether the job's terminal event has this sequence."""

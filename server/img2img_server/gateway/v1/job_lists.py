@@ -60,11 +60,10 @@ def read(request: Request) -> tuple[service_pb2.ListJobsRequest, list[Violation]
     given: set[str] = set()
     for name, text in request.query_params.multi_items():
         if name not in _NAMES:
-            violations.append(protojson.unknown(name))
+            violations.append(protojson.unknown_parameter(name))
             continue
         if name in given and name != "states":
-            message = f"{name} must be sent only once"
-            violations.append(Violation(name, Reason.TOO_MANY, message))
+            violations.append(protojson.sent_twice(name))
             continue
         given.add(name)
         if wrong := _take(wanted, name, text):

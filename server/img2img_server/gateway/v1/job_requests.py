@@ -1,4 +1,4 @@
-"""Reads POST /v1/jobs: a CreateJobRequest as JSON, a form, or the init image as the whole body.
+"""Reads POST /v1/jobs and /v1/jobs:estimate: JSON, a form, or the init image as the whole body.
 
 The fields of the spec may be in the query too, whatever the body is: an image has no other place
 for them.
@@ -7,7 +7,7 @@ for them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -17,7 +17,7 @@ from starlette.requests import Request
 
 from img2img.v1 import job_pb2, service_pb2
 from img2img_server.compat.modelslab.requests import init_image
-from img2img_server.domain.violations import Reason, Violation, invalid_type
+from img2img_server.domain.violations import Violation, invalid_type
 from img2img_server.gateway.http import forms
 from img2img_server.gateway.http.http_request import media_type_of, read_body, read_json
 from img2img_server.gateway.v1 import protojson
@@ -34,7 +34,7 @@ _MAX_JSON_CHARACTERS: Final = 2**18  # characters; enough for the longest annota
 
 @dataclass(slots=True)
 class JobRequest:
-    """A request to create a job.
+    """A request to create or to estimate a job.
 
     Attributes:
         key: The key in the body: None if there is none, or a value that is no text.
@@ -63,8 +63,8 @@ async def read(request: Request) -> JobRequest:
         found.create.spec.init_image.data = bytes(await read_body(request))
         found.given.add("init_image")
     else:
-        _take_json(found, await read_json(request, takes=TAKES))
-    _take_texts(found, request.query_params.multi_items())
+        _take_json(found, await read_json(request, takes=TAKES, unique=True))
+    _take_texts(found, request.query_params.multi_items(), protojson.unknown_parameter)
     return found
 
 
@@ -94,13 +94,17 @@ def _take_form(found: JobRequest, parts: list[forms.Part]) -> None:
     _take_texts(found, [(name, text) for name, text in texts if name != "key"])
 
 
-def _take_texts(found: JobRequest, texts: Iterable[tuple[str, str]]) -> None:
+def _take_texts(
+    found: JobRequest,
+    texts: Iterable[tuple[str, str]],
+    unknown: Callable[[str], Violation] = protojson.unknown,
+) -> None:
     """Sets fields of the spec, and request_id, from texts. An empty text equals an absent field."""
     values: dict[str, Any] = {}
     for sent, text in texts:
         name = _canonical(sent)
         if name not in _TEXT_FIELDS:
-            found.violations.append(protojson.unknown(sent))
+            found.violations.append(unknown(sent))
         elif not text or not _is_new(found, name):
             continue
         elif name == "request_id":
@@ -120,7 +124,7 @@ def _is_new(found: JobRequest, name: str) -> bool:
     if name not in found.given:
         found.given.add(name)
         return True
-    found.violations.append(Violation(name, Reason.TOO_MANY, f"{name} must be sent only once"))
+    found.violations.append(protojson.sent_twice(name))
     return False
 
 

@@ -36,6 +36,12 @@ _LORAS = 'a list of objects with "name" (a string) and optionally "scale" (a num
 _INTEGERS = (FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_INT64)
 _INTEGER = re.compile(r"-?[0-9]{1,400}", re.ASCII)
 _NAME = re.compile(r"\w{1,64}")
+_SHOWN_CHARACTERS = 64  # longest name, which the caller sent, in a message
+# A set of Python: the dict of the library raises SystemError for texts that are not Unicode.
+_SPEC_FIELDS = {field.name for field in job_pb2.JobSpec.DESCRIPTOR.fields}
+_KEYS = ("key", "api_key", "apikey", "token")
+_KEY_IN_QUERY = "a key is never read from the query; send it in a header"
+_IN_SPEC = "it is a field of spec, so send it inside the object spec"
 
 
 def dump(message: Message) -> str:
@@ -62,11 +68,18 @@ def fill(message: Message, body: dict[str, Any]) -> list[Violation]:
     kind: Any = message.DESCRIPTOR
     fields = {**kind.fields_by_name, **kind.fields_by_camelcase_name}
     violations = []
+    given: set[str] = set()
     for name, value in body.items():
         field = fields.get(name)
         if field is None:
-            violations.append(unknown(name))
-        elif field.name == "spec" and isinstance(value, dict):
+            is_in_spec = "spec" in fields and name in _SPEC_FIELDS
+            violations.append(unknown(name, _IN_SPEC if is_in_spec else ""))
+            continue
+        if field.name in given:  # in both spellings
+            violations.append(sent_twice(field.name))
+            continue
+        given.add(field.name)
+        if field.name == "spec" and isinstance(value, dict):
             violations += fill(message.spec, value)  # type: ignore[attr-defined]
         elif field.name == "annotations" and isinstance(value, dict) and len(value) > _MOST_NOTES:
             violations += _too_many_notes()  # Conversion would take a second for thousands.
@@ -117,11 +130,22 @@ def _fill_loras(message: Message, values: list[Any]) -> list[Violation]:
     return []
 
 
-def unknown(name: str) -> Violation:
+def unknown(name: str, cause: str = "") -> Violation:
     """Returns the violation for a field that does not exist."""
     if not _NAME.fullmatch(name):
-        return Violation("body", Reason.INVALID_FORMAT, "body is not well formed")
-    return Violation(name, Reason.UNKNOWN_FIELD, f"there is no field {name}")
+        message = f"there is no field {name[:_SHOWN_CHARACTERS]!a}"
+        return Violation("body", Reason.UNKNOWN_FIELD, message)
+    return Violation(name, Reason.UNKNOWN_FIELD, f"there is no field {name}", cause)
+
+
+def unknown_parameter(name: str) -> Violation:
+    """Returns the violation for a parameter of the query that does not exist."""
+    return unknown(name, _KEY_IN_QUERY if name in _KEYS else "")
+
+
+def sent_twice(name: str) -> Violation:
+    """Returns the violation for a field that a request has twice."""
+    return Violation(name, Reason.TOO_MANY, f"{name} must be sent only once")
 
 
 def _unreadable(field: FieldDescriptor, value: Any) -> Violation:

@@ -43,6 +43,15 @@ JOB_BODY: Schema = {
         },
     }
 }
+ESTIMATE_BODY: Schema = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            **JOB_BODY["requestBody"]["content"],
+            "application/json": {"schema": {"$ref": "#/components/schemas/EstimateJobRequest"}},
+        },
+    }
+}
 JOB_QUERY: Schema = {
     "name": "fields",
     "in": "query",

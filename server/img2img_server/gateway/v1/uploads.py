@@ -28,7 +28,7 @@ from img2img_server.gateway.http.http_request import (
 )
 from img2img_server.gateway.openapi import BODY, outcomes
 from img2img_server.gateway.upstream import Upstream
-from img2img_server.gateway.v1 import protojson
+from img2img_server.gateway.v1 import protojson, unknown_fields
 from img2img_server.gateway.v1.errors import ErrorFormat, V1Error
 from img2img_server.gateway.v1.job_requests import IMAGE_TYPES, TAKES
 
@@ -80,16 +80,21 @@ class Endpoints:
 
     async def get_upload(self, request: Request, upload_id: UploadId) -> Response:
         """Returns an upload, as GetUpload does over gRPC."""
-        return protojson.response(await self._upstream.upload(find_key(request, {}), upload_id))
+        key = find_key(request, {})
+        await unknown_fields.refuse(request, partial(self._upstream.caller, key))
+        return protojson.response(await self._upstream.upload(key, upload_id))
 
     async def complete_upload(self, request: Request, upload_id: UploadId) -> Response:
         """Checks the file that was sent to `put_url`, as CompleteUpload does over gRPC."""
-        key = find_key(request, await read_json(request))
+        sent = await read_json(request, unique=True)
+        key = find_key(request, sent)
+        await unknown_fields.refuse(request, partial(self._upstream.caller, key), sent)
         return protojson.response(await self._upstream.complete_upload(key, upload_id))
 
     async def delete_upload(self, request: Request, upload_id: UploadId) -> Response:
         """Deletes an upload, as DeleteUpload does over gRPC. Accepted jobs keep their image."""
         key = find_key(request, {})
+        await unknown_fields.refuse(request, partial(self._upstream.caller, key))
         return protojson.response(await self._upstream.delete_upload(key, upload_id))
 
 
@@ -107,11 +112,12 @@ async def _read(
         wanted.image = bytes(await read_body(request))
         violations = _need_image(wanted)
     else:
-        sent = await read_json(request, takes=TAKES)
+        sent = await read_json(request, takes=TAKES, unique=True)
         fields = {name: value for name, value in sent.items() if name != "key"}
         if isinstance(fields.get("image"), str):
             violations = _take_text(wanted, fields.pop("image"))
         violations += protojson.fill(wanted, fields)
+    violations += unknown_fields.in_query(request)
     return wanted, find_key(request, sent), violations
 
 
@@ -123,8 +129,7 @@ def _of_form(
     while parts:
         part = parts.pop(0)
         if part.name in values:
-            message = f"{part.name} must be sent only once"
-            violations.append(Violation(part.name, Reason.TOO_MANY, message))
+            violations.append(protojson.sent_twice(part.name))
             continue
         values[part.name] = ""
         if part.name == "image" and part.is_file:
