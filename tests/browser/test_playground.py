@@ -98,6 +98,12 @@ async def test_a_running_job_is_cancelled(browser: playwright.Browser, engine: F
         await page.get_by_role("button", name="Cancel").click()
         await page.get_by_role("status").get_by_text("Cancelled.").wait_for()
         assert await page.get_by_role("button", name="Generate").is_enabled()
+        await page.evaluate("sessionStorage.clear()")  # as in a tab that did not create the job
+        await page.reload()
+        place = page.locator("#history .thumb").filter(has_text="cancelled")
+        box = await place.bounding_box()
+        assert box is not None
+        assert box["height"] == pytest.approx(box["width"], abs=1)
 
 
 async def test_a_reload_keeps_the_gallery_and_the_running_jobs(
@@ -149,6 +155,10 @@ async def test_jobs_of_other_programs_are_listed_page_by_page(
         after = page.locator("#after")
         assert await after.evaluate("image => image.decode().then(() => image.naturalWidth)") == 256
         assert (await after.get_attribute("src") or "").startswith("generations/")
+        # Without the init image there is nothing to compare with: the image is shown whole.
+        assert await after.evaluate("image => getComputedStyle(image).clipPath") == "none"
+        assert await page.get_by_label("How much of the init image is shown").is_hidden()
+        assert await page.locator("#compare").evaluate("place => place.className") == ""
         assert await page.get_by_label("Prompt", exact=True).input_value() == "cat 0"
 
 

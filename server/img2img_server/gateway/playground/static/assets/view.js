@@ -20,8 +20,9 @@ export function setStatus(text) {
 // `result`: {id, spec, before, samples: [{url, link, seed, nsfw, step, total}], shown, job, text}.
 export function draw(result) {
   const sample = result.samples[result.shown];
-  $("compare").classList.toggle("empty", !result.before);
-  $("compare").classList.toggle("generated", Boolean(sample?.url));
+  // The init image of a job that another client created is not known: its image is shown whole.
+  $("compare").classList.toggle("empty", !result.before && !sample?.url);
+  $("compare").classList.toggle("generated", Boolean(result.before && sample?.url));
   $("compare").classList.toggle("preview", Boolean(sample?.isPreview));
   source($("before"), result.before);
   source($("after"), sample?.url);
