@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -120,3 +122,17 @@ def test_records_of_the_service_are_written_unchanged(written: io.StringIO) -> N
     for number in range(100):
         logging.getLogger("img2img_server.api").error("key: %s", number)
     assert len(lines(written)) == 100
+
+
+def test_transformers_does_not_recommend_torchvision_to_operators() -> None:
+    program = """
+from img2img_server.settings import Settings
+from img2img_server.telemetry import configure_logging
+configure_logging(Settings(log_format="json"), "worker")
+import transformers
+transformers.CLIPImageProcessor
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert ended.stderr == ""
