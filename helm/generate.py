@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from img2img_server.setting_names import PREFIX
-from img2img_server.settings import Settings
+from img2img_server.settings import Settings, with_variables
 
 CHART = Path(__file__).resolve().parent / "img2img"
 BEGIN, END = "<!-- values: begin, written by `make gen` -->\n", "<!-- values: end -->\n"
@@ -181,7 +181,7 @@ def settings_schema() -> dict[str, Any]:
     """Returns the schema of `settings`: every setting that the chart does not set itself."""
     known = Settings.model_json_schema()["properties"]
     for field in known.values():
-        field["description"] = " ".join(field["description"].split())
+        field["description"] = with_variables(" ".join(field["description"].split()))
     kept = ("type", "enum", "minimum", "maximum", "exclusiveMinimum", "pattern", "description")
     free = {
         PREFIX + name.upper(): or_null(

@@ -240,9 +240,8 @@ class Settings(BaseSettings):
     """Load weights from pickles (.bin, .ckpt) where a model has no safetensors. They are read with
     PyTorch's `weights_only`, which runs no code of the file that is known to be dangerous."""
     default_model: str = ""
-    """Model of requests without a model. Empty: the first by name of the models that workers
-    announced.
-    """
+    """Model of requests without a model. Empty: the first model that workers serve, by its place
+    in their catalogue and by name."""
     unserved_model_hours: float = Field(168.0, ge=0, le=24 * 366)
     """Hours after which a model that no worker serves leaves the list of models, so that requests
     for it are refused. 0: never."""
@@ -299,7 +298,7 @@ class Settings(BaseSettings):
     CPU, whose memory is not measured."""
     lora_dir: OptionalPath = None
     """Folder of LoRA files (.safetensors); requests name a LoRA by its file name. New files are
-    offered without a restart. Cannot be combined with fuse_qkv, quantization, gguf_file or
+    offered without a restart. Cannot be combined with fuse_qkv, IMG2IMG_QUANTIZATION, gguf_file or
     group_offload."""
     lora_s3_prefix: KeyPrefix = ""
     """Prefix of LoRA files in the bucket s3_bucket, such as loras/. The worker copies the files
@@ -321,7 +320,7 @@ class Settings(BaseSettings):
     group_offload: bool = False
     """Keep the denoiser on the host and move its blocks to the GPU one after the other as they run:
     for models that do not fit the GPU, at the cost of speed. Cannot be
-    combined with compile."""
+    combined with IMG2IMG_COMPILE."""
     safety_checker: Literal["opennsfw", "model"] = "opennsfw"
     """The safety checker: the classifier that comes with the service, or the safety checker in
     the model's directory, which runs on the CPU with its own thresholds."""
@@ -390,9 +389,8 @@ class Settings(BaseSettings):
     """Address of the S3 server in the URLs to which callers send uploads. Empty: s3_endpoint_url.
     """
     rate_limit: Count = Field(0, ge=0)
-    """Jobs that a key may make in a minute, at all apis together; 0: any number. `rate_limit` in a
-    key's entry of the keys file takes precedence.
-    """
+    """Jobs that a key may make in a minute, at all apis together; 0: any number. The limit in a
+    key's entry of the keys file takes precedence."""
     max_watchers: Count = Field(1000, ge=1)
     """Most open event streams of one api. It keeps a quarter more for tenants that have few."""
     max_tenant_calls: Count = Field(500, ge=1)
@@ -633,6 +631,16 @@ class Settings(BaseSettings):
                 wrong |= found
             else:
                 return settings, mistakes, frozenset(wrong)
+
+
+def with_variables(text: str) -> str:
+    """Returns a description with the variables of settings in place of the names of fields.
+
+    A name without an underscore is also a plain word, so descriptions have its variable.
+    """
+    names = "|".join(name for name in Settings.model_fields if "_" in name)
+    spelt = rf"(?P<mark>`?)(?<![\w./-])(?P<name>{names}|{PREFIX}[A-Z0-9_]+)(?![\w/])(?P=mark)"
+    return re.sub(spelt, lambda found: f"`{variable(found['name'].removeprefix(PREFIX))}`", text)
 
 
 def _unknown(fields: Iterable[str]) -> list[str]:

@@ -24,7 +24,7 @@ from img2img_server.engine.catalogue import read_catalogue
 from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.gateway.app import create_app
 from img2img_server.setting_names import PREFIX
-from img2img_server.settings import CLIENT_NAMES, Settings
+from img2img_server.settings import CLIENT_NAMES, Settings, with_variables
 from img2img_server.testing.memory_blobs import MemoryBlobStore
 from tests import doc_blocks
 from tests.http_stack import META_KEYS
@@ -158,6 +158,16 @@ def test_the_contributing_page_explains_every_make_word() -> None:
 def test_the_settings_page_is_the_one_generated_from_the_settings() -> None:
     page = script("docs/generate_settings.py").render(Settings)
     assert (ROOT / "docs/settings.md").read_text(encoding="utf-8") == page
+
+
+def test_descriptions_of_settings_name_variables_and_not_fields() -> None:
+    described = with_variables("Key of `tls_cert_file`; nats_url, x.api_key_file and track_id.")
+    assert described == (
+        "Key of `IMG2IMG_TLS_CERT_FILE`; `IMG2IMG_NATS_URL`, x.api_key_file and track_id."
+    )
+    assert with_variables("As IMG2IMG_MODEL and `IMG2IMG_DTYPE`; a plain model.") == (
+        "As `IMG2IMG_MODEL` and `IMG2IMG_DTYPE`; a plain model."
+    )
 
 
 def test_the_settings_page_has_every_setting_once() -> None:
