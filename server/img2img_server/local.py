@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
@@ -48,6 +49,7 @@ _FOREIGN = {
 # In the state folder: settings for another worker, with the credentials of the servers.
 WORKER_FILE = "worker.env"
 _UPLOAD_BYTES = 2**30
+_PLAYGROUND_IMAGE = Path(__file__).parent / "gateway/playground/static/assets/cat.jpg"
 _START_SECONDS = 600.0  # seconds; a large model on a slow disk takes minutes
 _PROBE_TIMEOUT = aiohttp.ClientTimeout(total=2.0)
 
@@ -266,6 +268,27 @@ async def _probe(url: str) -> None:
         answer.raise_for_status()
 
 
+def _client_command() -> str:
+    """Returns the name of the client's command, or its path if a shell would not find this one."""
+    installed = Path(sys.executable).with_name("img2img")
+    found = shutil.which("img2img")
+    if not installed.exists() or (found and os.path.samefile(found, installed)):
+        return "img2img"
+    return shlex.quote(_short_path(installed))
+
+
+def _example_image() -> str:
+    """Returns the path of an image that exists: that of the clone, else that of the playground."""
+    clone = Path("examples/cat.jpg")
+    return str(clone) if clone.is_file() else _short_path(_PLAYGROUND_IMAGE)
+
+
+def _short_path(path: Path) -> str:
+    """Returns the path from the working directory if the file is below it."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
 def _announce(settings: Settings) -> None:
     """Prints the addresses and an example. Programs read the first line."""
     key = DEV_KEY if settings.dev_key else "see IMG2IMG_API_KEYS_FILE"
@@ -282,8 +305,8 @@ def _announce(settings: Settings) -> None:
         options += f" --cert-file {shlex.quote(str(settings.api_cert_file))}"
         options += f" --key-file {shlex.quote(str(settings.api_key_file))}"
     print(
-        f'command: img2img generate --server {grpc}{options} --prompt "an oil painting" '
-        "--init-image photo.jpg",
+        f"command: {_client_command()} generate --server {grpc}{options} "
+        f'--prompt "an oil painting" --init-image {shlex.quote(_example_image())}',
         flush=True,
     )
     if settings.playground:

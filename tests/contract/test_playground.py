@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -214,6 +216,13 @@ async def test_a_setting_turns_it_off() -> None:
             assert (await http.get(path, headers=BROWSER)).status_code == 404
 
 
+def runnable(line: str) -> list[str]:
+    """Returns the words of the command in the line, whose init image exists."""
+    words = shlex.split(line.removeprefix("command: "))
+    assert Path(words[words.index("--init-image") + 1]).is_file()
+    return words
+
+
 @pytest.mark.parametrize("playground", [True, False])
 @pytest.mark.parametrize("dev_key", [True, False])
 async def test_local_says_where_it_is_and_the_command_for_it(
@@ -223,13 +232,25 @@ async def test_local_says_where_it_is_and_the_command_for_it(
     first, command, *more = capsys.readouterr().out.splitlines()
     assert first.startswith("img2img is ready: gRPC 127.0.0.1:4321, HTTP http://127.0.0.1:8123")
     key = "" if dev_key else " --api-key KEY"
-    assert command.startswith(f"command: img2img generate --server 127.0.0.1:4321{key} --prompt ")
+    assert f"img2img generate --server 127.0.0.1:4321{key} --prompt " in command
     assert more == (["playground: http://127.0.0.1:8123/"] if playground else [])
-    name, *words = shlex.split(command.removeprefix("command: img2img "))
+    program, name, *words = runnable(command)
+    assert shutil.which(program)
     # click caches the help option of a command with the command's first context, so a parent is
     # needed.
     with cli.make_context("img2img", [name, *words]) as parent:
         assert cli.commands[name].make_context(name, words, parent=parent)
+
+
+async def test_the_command_of_local_works_outside_of_a_clone_and_with_the_client_on_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(sys.executable).parent
+    monkeypatch.chdir(tmp_path)
+    for path, expected in ((f"{folder}:/usr/bin", "img2img"), ("/usr/bin", f"{folder}/img2img")):
+        monkeypatch.setenv("PATH", path)
+        _announce(Settings(dev_key=True))
+        assert runnable(capsys.readouterr().out.splitlines()[1])[0] == expected
 
 
 async def test_the_command_for_a_service_with_tls_trusts_its_authority(
