@@ -18,6 +18,7 @@ from typing import Final
 import click
 
 from img2img_server import __version__
+from img2img_server.extras import install_command
 from img2img_server.last_line import exit_now, exit_on_signals, exit_with_reasons
 
 PROGRAM: Final = "img2img-server"
@@ -85,12 +86,12 @@ def _require(program: str, extra: str) -> None:
     if missing:
         reason = (
             f"needs the extra {extra}, of which is not installed: {', '.join(missing)}; "
-            f"pip install 'img2img-service[{extra}]'"
+            f"{install_command(extra)}"
         )
         exit_with_reasons(program, [reason], 1)
 
 
-@click.group()
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name=PROGRAM)
 def main() -> None:
     """Image-to-image diffusion as a service. Every setting is an IMG2IMG_ variable."""

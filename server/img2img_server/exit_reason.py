@@ -15,6 +15,7 @@ from typing import Final, NoReturn
 import structlog
 
 from img2img_server.errors import JobFailedError, OperatorError, ServiceError
+from img2img_server.extras import install_command
 from img2img_server.last_line import exit_with_reasons, log_format_of_environment
 from img2img_server.lifecycle import RESTART_CODE, RestartError
 from img2img_server.settings import Settings, SettingsError
@@ -71,7 +72,7 @@ def reasons_of(error: BaseException) -> list[str]:
     if isinstance(error, ModuleNotFoundError) and error.name:
         return [
             f"the Python package {error.name.partition('.')[0]} is missing: "
-            "pip install 'img2img-service[worker]' brings all"
+            f"{install_command('worker')}"
         ]
     return [f"unexpected {type(error).__name__}: {text or 'without a message'}"]
 

@@ -40,6 +40,7 @@ from img2img_server.engine.diffusers.local_model import parts_to_load
 from img2img_server.engine.family import ModelAccessError, ModelError, ModelFiles, read_json
 from img2img_server.engine.hub import INDEX, download_model
 from img2img_server.engine.weight_files import weights_of
+from img2img_server.extras import install_command
 from img2img_server.settings import Settings
 from img2img_server.storage.s3_access import BUCKET, S3Access
 from img2img_server.storage.s3_blobs import CONNECT_SECONDS, READ_SECONDS
@@ -321,7 +322,7 @@ def from_hub(
 ) -> None:
     """Downloads the files of a hub model that are loaded. Raises ModelError."""
     if not is_installed("huggingface_hub"):
-        raise ModelError("hub models need the extra worker: pip install 'img2img-service[worker]'")
+        raise ModelError(f"hub models need the extra worker: {install_command('worker')}")
     hub_id = HubId.parse(source)
     if hub_id is None:
         raise ModelError(

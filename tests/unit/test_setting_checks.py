@@ -722,4 +722,6 @@ main()
         (line,) = ended.stderr.splitlines()
         assert ended.returncode == 1
         assert line.startswith(f"img2img-server {role}: needs the extra {extra}, ")
-        assert line.endswith(f"pip install 'img2img-service[{extra}]'")
+        assert line.endswith(
+            f"in a clone of the repository, run: pip install ./client '.[{extra}]'"
+        )

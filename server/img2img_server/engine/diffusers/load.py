@@ -24,6 +24,7 @@ from img2img_server.engine.diffusers.placement import log_parts, modules, place
 from img2img_server.engine.diffusers.single_file import load_single_file
 from img2img_server.engine.family import ModelError, ModelFiles
 from img2img_server.engine.options import Compile, ModelOptions, Quantization, TinyVaeUse
+from img2img_server.extras import install_command
 
 _MOST_SHAPES = 4096  # limit of compiled shapes: image sizes x batch sizes x kinds of block
 
@@ -181,7 +182,7 @@ def _read_gguf(
 def _need(package: str, setting: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise ModelError(
-            f"needs the package {package}: install img2img-service[quantization]", setting=setting
+            f"needs the package {package}: {install_command('quantization')}", setting=setting
         )
 
 
