@@ -239,7 +239,7 @@ def _explained(
 ) -> errors.RpcError:
     """Returns the error of a broken stream, with the state of its job if there is one."""
     name, is_timeout = stream.job_name, isinstance(error, errors.DeadlineExceededError)
-    fate = "before the service responded"
+    fate = "the service had not responded"
     if stream.job is not None and not isinstance(error, errors.NotFoundError):
         error.metadata.setdefault("job", name)
         is_away = isinstance(error, errors.UnavailableError)

@@ -28,7 +28,7 @@ from img2img_client.resources import (
 STAGES = {
     "queue": "waiting for a worker",
     "held": "waiting on the worker for its device",
-    "fetch": "downloading the init image, before acceptance",
+    "fetch": "downloading and checking the init image, before acceptance",
     "prepare": "preparing the init image",
     "encode": "prompt and init image to latents",
     "denoise": "denoising steps",
