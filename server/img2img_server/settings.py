@@ -494,6 +494,14 @@ class Settings(BaseSettings):
             raise ValueError("must not have line breaks or other control characters")
         return value
 
+    @field_validator("default_guidance_scale", "default_strength")
+    @classmethod
+    def _own_or_given(cls, value: float) -> float:
+        """Rejects values below 0, which no request may have, except -1."""
+        if -1 < value < 0:
+            raise ValueError("must be -1, for the model's own, or at least 0")
+        return value
+
     @model_validator(mode="after")
     def _pairs(self) -> Self:
         """Checks settings against each other. Raises one error with a line for each mistake."""

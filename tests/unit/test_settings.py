@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from pydantic import ValidationError
 
 from benchmarks.local_stack import free_port
 from img2img_server.api.keys import load_keys
@@ -36,6 +37,14 @@ def test_every_mistake_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert "IMG2IMG_GRPCPORT: there is no such setting" in text
     assert "IMG2IMG_GRPC_PORT: " in text
     assert "IMG2IMG_LOG_LEVEL: " in text
+
+
+@pytest.mark.parametrize("name", ["default_guidance_scale", "default_strength"])
+def test_a_default_that_no_request_may_have_is_refused(name: str) -> None:
+    for value in (-1, 0, 0.5):
+        assert getattr(Settings.model_validate({name: value}), name) == value
+    with pytest.raises(ValidationError, match="must be -1, for the model's own, or at least 0"):
+        Settings.model_validate({name: -0.5})
 
 
 def test_one_half_of_a_tls_pair_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
