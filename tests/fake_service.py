@@ -61,6 +61,24 @@ class Refusal:
 # value of a Break: the stream stays open without messages
 SILENCE = Refusal(grpc.StatusCode.CANCELLED)
 STOPPING = Refusal(grpc.StatusCode.UNAVAILABLE, "This server is stopping.", "UNAVAILABLE")
+INVALID = Refusal(
+    grpc.StatusCode.INVALID_ARGUMENT,
+    "bad",
+    "INVALID_REQUEST",
+    (
+        error_details_pb2.BadRequest(
+            field_violations=[
+                error_details_pb2.BadRequest.FieldViolation(
+                    field=field, description=text, reason=reason
+                )
+                for field, text, reason in (
+                    ("strength", "too high", "OUT_OF_RANGE"),
+                    ("width", "not a multiple", "NOT_DIVISIBLE"),
+                )
+            ]
+        ),
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True)

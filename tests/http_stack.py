@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import pytest_asyncio
 
 from img2img_server.gateway.api_channel import connect
 from img2img_server.gateway.app import create_app
@@ -134,6 +135,18 @@ async def running_gateway(
         running_stack(fetch=fetch_photo, **(stack or {})) as running,
         gateway_before(running, **changes) as gateway,
     ):
+        yield gateway
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def today() -> AsyncIterator[Gateway]:
+    async with running_gateway() as gateway:
+        yield gateway
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def legacy(today: Gateway) -> AsyncIterator[Gateway]:
+    async with gateway_before(today.stack, legacy=True) as gateway:
         yield gateway
 
 

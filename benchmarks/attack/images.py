@@ -12,8 +12,6 @@ from PIL import Image
 
 from img2img_server.imaging.completeness import ADAM7
 
-_LUMA_TABLE = bytes([0, 0, 1]) + bytes(14)  # one Huffman code, of one bit, for the symbol 0
-
 
 @functools.cache
 def plain(side: int, container: str) -> bytes:

@@ -18,7 +18,6 @@ from img2img_server.setting_names import PREFIX
 from img2img_server.settings import Settings, is_loopback
 from tests.chart_render import CHART, SETS, Object, environment, pods, render
 
-ROLES = ("api", "gateway", "worker")
 # For each role, the settings whose defaults are wrong on a cluster.
 MUST = {
     "api": {"grpc_host", "metrics_host", "nats_url", "api_keys_file", "drain_seconds"},

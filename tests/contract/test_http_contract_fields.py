@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 
 from img2img_server.errors import PermissionDeniedError
 from img2img_server.testing.bus import memory_bus
@@ -20,25 +18,15 @@ from tests.http_stack import (
     error_body,
     fetch_photo,
     gateway_before,
+    legacy,
     photo_base64,
-    running_gateway,
+    today,
 )
 from tests.stack import Stack, running_api, running_worker, two_tenants
 
+__all__ = ["legacy", "today"]
 MODES = ("today", "legacy")
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def today() -> AsyncIterator[Gateway]:
-    async with running_gateway() as gateway:
-        yield gateway
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def legacy(today: Gateway) -> AsyncIterator[Gateway]:
-    async with gateway_before(today.stack, legacy=True) as gateway:
-        yield gateway
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from structlog.testing import capture_logs
 
 from img2img_server.errors import PermissionDeniedError
@@ -23,27 +22,17 @@ from tests.http_stack import (
     error_body,
     fetch_photo,
     gateway_before,
+    legacy,
     legacy_error_body,
     photo_base64,
-    running_gateway,
+    today,
 )
 from tests.stack import Stack, photo, running_api, running_worker, two_tenants
 
+__all__ = ["legacy", "today"]
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 CREATE = f"{ENTERPRISE}/img2img"
 BAD_KEY = {"status": "error", "message": "Invalid API key", "reason": "INVALID_API_KEY"}
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def today() -> AsyncIterator[Gateway]:
-    async with running_gateway() as gateway:
-        yield gateway
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def legacy(today: Gateway) -> AsyncIterator[Gateway]:
-    async with gateway_before(today.stack, legacy=True) as gateway:
-        yield gateway
 
 
 # Keys.

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import nats.errors
 import pytest
 
@@ -21,10 +19,10 @@ from img2img_server.nats.connection import NatsConnection, connect
 from img2img_server.nats.probe import STORES_NOTHING, Probe
 from img2img_server.settings import Settings
 from tests.nats_servers import NatsServer, nats_configured
+from tests.probes import readiness, until_ready_is
 from tests.stack import read_until, running_api, running_worker, settings, spec
 
 DAY = 86_400.0
-SECONDS = 20.0
 FILL_BYTES = 1_000_000
 
 
@@ -34,23 +32,6 @@ async def small_nats(tmp_path: Path) -> AsyncIterator[NatsServer]:
     limited = f'max_payload: 8MB\njetstream {{ store_dir: "{tmp_path}/js", max_file_store: 24MB }}'
     async with nats_configured(tmp_path / "nats", limited, jetstream=False) as server:
         yield server
-
-
-async def readiness(port: int) -> tuple[int, str]:
-    async with (
-        aiohttp.ClientSession() as session,
-        session.get(f"http://127.0.0.1:{port}/readyz") as answer,
-    ):
-        return answer.status, (await answer.text()).strip()
-
-
-async def until_ready_is(port: int, status: int) -> str:
-    async with asyncio.timeout(SECONDS):
-        while True:
-            found = await readiness(port)
-            if found[0] == status:
-                return found[1]
-            await asyncio.sleep(0.05)
 
 
 async def fill(link: NatsConnection) -> None:

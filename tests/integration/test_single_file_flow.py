@@ -48,7 +48,6 @@ PACKED: dict[str, Any] = {
     "num_attention_heads": 1,
     "joint_attention_dim": T5_WIDTH,
 }
-SIDES = ("img", "txt")
 DOUBLE = [
     *(f"{side}_attn.{name}" for side in ("img", "txt") for name in ("qkv.weight", "qkv.bias")),
     *(

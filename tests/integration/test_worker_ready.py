@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 
 from benchmarks.local_stack import free_port
@@ -21,6 +20,7 @@ from img2img_server.testing.fake_engine import FakeEngine
 from img2img_server.worker import server as worker_server
 from tests.fake_s3 import Answer, FakeS3, fake_s3
 from tests.nats_servers import NatsServer, nats_configured
+from tests.probes import readiness, until_ready_is
 from tests.processes import Role
 
 SECONDS = 20.0
@@ -36,23 +36,6 @@ async def s3() -> AsyncIterator[FakeS3]:
 async def nats(tmp_path: Path) -> AsyncIterator[NatsServer]:
     async with nats_configured(tmp_path / "nats") as server:
         yield server
-
-
-async def readiness(port: int) -> tuple[int, str]:
-    async with (
-        aiohttp.ClientSession() as session,
-        session.get(f"http://127.0.0.1:{port}/readyz") as answer,
-    ):
-        return answer.status, (await answer.text()).strip()
-
-
-async def until_ready_is(port: int, status: int, why: str) -> None:
-    async with asyncio.timeout(SECONDS):
-        while True:
-            found = await readiness(port)
-            if found[0] == status and why in found[1]:
-                return
-            await asyncio.sleep(0.01)
 
 
 async def test_a_worker_says_why_it_is_not_ready_and_goes_on_by_itself(

@@ -264,7 +264,6 @@ class HalfStore(AwayStore):
     def __init__(self) -> None:
         super().__init__()
         self.answers.clear()
-        self.half_stored = asyncio.Event()
         self.keys: list[str] = []
 
     async def put(self, key: str, data: bytes, media_type: str) -> None:

@@ -27,7 +27,6 @@ from img2img_server.settings import Settings
 from tests.property.test_images import JPEG_FILES, PNG_FILES, content, examples, jpeg_file, png_file
 
 CPU_SECONDS = Settings().decode_cpu_seconds
-WEBP_SIDE = 16383  # pixels; the format's limit
 TICKS = 0.03  # seconds; two ticks of the kernel's clock, and the response
 Runner = tuple[asyncio.Runner, DecoderPool]
 

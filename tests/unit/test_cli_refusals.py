@@ -9,14 +9,13 @@ from collections.abc import Iterator
 import grpc
 import pytest
 from click.testing import CliRunner, Result
-from google.rpc import error_details_pb2
 
 from img2img.v1 import event_pb2
 from img2img_client.cli import main
 from img2img_client.resources import Image
 from tests.cli_runs import REQUEST, in_a_folder_with_a_photo, run
 from tests.fake_job import NAME, State, ending, job
-from tests.fake_service import Break, FakeService, Refusal, serving
+from tests.fake_service import INVALID, Break, FakeService, Refusal, serving
 from tests.golden_file import assert_golden
 
 pytestmark = pytest.mark.usefixtures(in_a_folder_with_a_photo.__name__)
@@ -59,15 +58,7 @@ def test_an_invalid_command_line_is_rejected_before_any_call(
 
 @pytest.fixture
 def invalid() -> Iterator[FakeService]:
-    violation = error_details_pb2.BadRequest.FieldViolation
-    bad = error_details_pb2.BadRequest(
-        field_violations=[
-            violation(field="strength", description="too high", reason="OUT_OF_RANGE"),
-            violation(field="width", description="not a multiple", reason="NOT_DIVISIBLE"),
-        ]
-    )
-    wrong = Refusal(grpc.StatusCode.INVALID_ARGUMENT, "bad", "INVALID_REQUEST", (bad,))
-    return FakeService(breaks=deque([Break(0, wrong)]))  # type: ignore[return-value]
+    return FakeService(breaks=deque([Break(0, INVALID)]))  # type: ignore[return-value]
 
 
 def test_an_invalid_request_prints_one_line_for_each_violation(invalid: FakeService) -> None:

@@ -17,7 +17,7 @@ from img2img.v1 import event_pb2, job_pb2, service_pb2
 from img2img_client import Retry
 from tests.client_runs import BOTH, Run
 from tests.fake_job import NAME, State, ending, events, job
-from tests.fake_service import STOPPING, Break, FakeService, Refusal, last, serving
+from tests.fake_service import INVALID, STOPPING, Break, FakeService, Refusal, last, serving
 
 
 @pytest.fixture(params=BOTH.values(), ids=BOTH.keys())
@@ -84,15 +84,7 @@ def test_a_full_queue_reports_when_to_retry(run: Run) -> None:
 
 
 def test_an_invalid_request_lists_every_violation(run: Run) -> None:
-    violation = error_details_pb2.BadRequest.FieldViolation
-    bad = error_details_pb2.BadRequest(
-        field_violations=[
-            violation(field="strength", description="too high", reason="OUT_OF_RANGE"),
-            violation(field="width", description="not a multiple", reason="NOT_DIVISIBLE"),
-        ]
-    )
-    wrong = Refusal(grpc.StatusCode.INVALID_ARGUMENT, "bad", "INVALID_REQUEST", (bad,))
-    service = FakeService(breaks=deque([Break(0, wrong)]))
+    service = FakeService(breaks=deque([Break(0, INVALID)]))
     with pytest.raises(api.InvalidRequestError) as caught:
         run(service, lambda client: client.generate("p", b"photo", strength=1.5, width=513))
     assert caught.value.violations == (

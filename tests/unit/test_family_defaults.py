@@ -174,7 +174,6 @@ def test_kolors_runs_fifty_steps_and_rounds_down() -> None:
 
 EULER = {"_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon"}
 TRAILING = {**EULER, "timestep_spacing": "trailing"}
-ANCESTRAL = {**TRAILING, "_class_name": "EulerAncestralDiscreteScheduler"}
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,6 @@ _SD_BETAS: Final[Mapping[str, Any]] = {
 }
 _HEAD_WIDTH: Final = 64
 _OPEN_CLIP_LAYERS: Final = 24  # of the text encoder of Stable Diffusion 2.x
-_AUTOENCODER: Final = re.compile(r"(first_stage_model\.|vae\.)?(encoder\.|decoder\.|.*quant_conv)")
 # CLIP, T5 and language models in the layout of transformers
 _TEXT_ENCODER: Final = re.compile(
     r"(text_model|encoder\.block|encoder\.final_layer_norm|shared|model\.(layers|embed_tokens|norm))\."
