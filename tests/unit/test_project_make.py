@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 
 import pytest
 
@@ -56,3 +57,26 @@ def test_nothing_is_installed_outside_the_folder() -> None:
     assert "sudo" not in plan
     assert "--user" not in plan
     assert "--global" not in plan
+
+
+def test_a_module_runs_in_one_process_so_that_its_fixtures_are_made_once() -> None:
+    modules = ("tests/unit/test_job.py", "tests/unit/test_params.py")
+    (command,) = [line for line in planned("test").splitlines() if "-m pytest" in line]
+    options = command.split("-m pytest")[1].split()
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "-v", "-p", "no:cacheprovider", *modules],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    places = re.findall(r"^\[(gw\d)\].* (tests/unit/\w+\.py)::", ran.stdout, re.MULTILINE)
+    assert len(set(places)) == len(modules) < len(places)
+
+
+def test_modules_that_measure_run_one_after_the_other(pytestconfig: pytest.Config) -> None:
+    conftest = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    assert conftest is not None
+    places = ("integration/test_real_sdk", "integration/test_attack", "unit/test_start")
+    groups = [conftest.group_of(f"tests/{place}.py::test_a[b::c]") for place in places]
+    assert groups == ["measures", "measures", "tests/unit/test_start.py"]
