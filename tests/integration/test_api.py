@@ -24,7 +24,7 @@ from img2img_server.imaging import decoder
 from img2img_server.imaging.base import CheckedImage
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine, FixedSafetyChecker
-from img2img_server.testing.memory_queue import MemoryEventLog
+from img2img_server.testing.memory_events import MemoryEventLog
 from tests.stack import (
     DEV,
     WAIT_SECONDS,

@@ -19,7 +19,7 @@ from img2img_server.nats.patched_client import PatchedClient
 from img2img_server.settings import Settings
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine
-from img2img_server.testing.memory_queue import MemoryEventLog
+from img2img_server.testing.memory_events import MemoryEventLog
 from img2img_server.testing.memory_records import MemoryJobStore
 from tests.stack import (
     kinds,

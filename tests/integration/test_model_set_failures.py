@@ -19,7 +19,7 @@ from img2img_server.errors import UnavailableError
 from img2img_server.interfaces.queue import ModelCommand
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
-from img2img_server.testing.memory_queue import MemoryControl
+from img2img_server.testing.memory_control import MemoryControl
 from img2img_server.testing.memory_records import MemoryWorkerRegistry
 from img2img_server.worker.model_loader import EngineLoader, FoundModel, LoadedModel
 from tests.catalogues import FakeLoader, announced, catalogue_worker, run, run_over_a_swap

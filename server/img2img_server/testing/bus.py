@@ -9,12 +9,9 @@ from img2img_server.nats.tenant_settings import TenantStorage
 from img2img_server.nats.uploads import UploadRecords
 from img2img_server.nats.usage import UsageLedger
 from img2img_server.storage.vault import Vault
-from img2img_server.testing.memory_queue import (
-    MemoryControl,
-    MemoryEventLog,
-    MemoryJobQueue,
-    MemoryPermits,
-)
+from img2img_server.testing.memory_control import MemoryControl
+from img2img_server.testing.memory_events import MemoryEventLog
+from img2img_server.testing.memory_queue import MemoryJobQueue, MemoryPermits
 from img2img_server.testing.memory_records import (
     MemoryBucket,
     MemoryJobStore,

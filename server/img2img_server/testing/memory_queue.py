@@ -1,56 +1,29 @@
-"""Work queue, event log and control channel in memory, by the rules of JetStream."""
+"""Work queue and permits in memory, by the rules of JetStream."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
-from typing import TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
-from img2img_server.domain.events import TERMINAL, Envelope, Event, Preview
 from img2img_server.domain.params import Lane
 from img2img_server.errors import QueueFullError
 from img2img_server.interfaces.queue import (
     Delivery,
     InTurn,
     LaneLoad,
-    ModelCommand,
-    OwnershipLostError,
     QueuedJob,
     QueueSource,
     SourceLoad,
     SourceOrder,
-    StreamNotice,
-    UsageReport,
-    WorkerCommand,
     slot_of,
 )
-from img2img_server.nats.events import Envelopes
-
-T = TypeVar("T")
+from img2img_server.testing.notifier import Notifier, listed
 
 POLL_SECONDS = 1.0  # longest time between two looks at the queue while nothing changes
-
-
-class Notifier:
-    """Wakes all waiting tasks after a change."""
-
-    def __init__(self) -> None:
-        self._event = asyncio.Event()
-
-    def notify(self) -> None:
-        self._event.set()
-        self._event = asyncio.Event()
-
-    def wait_handle(self) -> asyncio.Event:
-        """Returns the event that the next change sets. Take it before reading the state that may
-        change.
-        """
-        return self._event
 
 
 @dataclass(slots=True, eq=False)
@@ -243,7 +216,7 @@ class MemoryJobQueue:
     async def on_wanted(
         self, model: str, handler: Callable[[], Awaitable[None]]
     ) -> AsyncIterator[None]:
-        with _listed(self._holders.setdefault(model, []), handler):
+        with listed(self._holders.setdefault(model, []), handler):
             yield
 
     def _waiting(self, model: str, lane: Lane) -> list[_Message]:
@@ -311,171 +284,3 @@ class _MemoryDelivery:
     async def in_progress(self) -> None:
         if self._current:
             self._queue.restart_clock(self._message)
-
-
-@dataclass(slots=True, eq=False)
-class _Log:
-    entries: list[Envelope] = field(default_factory=list)
-    # The number of events without previews. A writer with an older number has lost the log.
-    revision: int = 0
-    changes: Notifier = field(default_factory=Notifier)
-
-    async def read(self, last_sequence: int) -> Envelope:
-        """Waits for the first entry after the last sequence."""
-        while True:
-            changed = self.changes.wait_handle()
-            for entry in self.entries:
-                if entry.sequence > last_sequence:
-                    return entry
-            await changed.wait()
-
-
-class MemoryEventLog:
-    """An EventLog in memory. It keeps all events except replaced previews."""
-
-    def __init__(self) -> None:
-        self._logs: dict[int, _Log] = {}
-
-    def _log(self, job_id: int) -> _Log:
-        return self._logs.setdefault(job_id, _Log())
-
-    async def open(
-        self, job_id: int, *, tenant: str = "", fresh: bool = False
-    ) -> _MemoryEventWriter:
-        return _MemoryEventWriter(job_id, self._log(job_id), fresh)
-
-    async def remove_expired(self) -> None: ...
-
-    async def last_sequence(self, job_id: int) -> int:
-        entries = self._log(job_id).entries
-        return entries[-1].sequence if entries else 0
-
-    @asynccontextmanager
-    async def watch(
-        self, job_id: int, after_sequence: int = 0, *, tenant: str = ""
-    ) -> AsyncIterator[AsyncIterator[Envelope]]:
-        yield Envelopes(self._log(job_id).read, after_sequence)
-
-
-class _MemoryEventWriter:
-    def __init__(self, job_id: int, log: _Log, fresh: bool) -> None:
-        self._job_id = job_id
-        self._log = log
-        self._revision = 0 if fresh else log.revision
-        known = [] if fresh else log.entries
-        self._sequence = known[-1].sequence if known else 0
-        logged = [entry for entry in known if not isinstance(entry.event, Preview)]
-        self._previous = logged[-1].sequence if logged else 0
-        self._ended = any(entry.is_terminal for entry in known)
-
-    @property
-    def sequence(self) -> int:
-        return self._sequence
-
-    @property
-    def ended(self) -> bool:
-        return self._ended
-
-    def continue_after(self, number: int) -> None:
-        if number > self._sequence:
-            self._sequence = self._previous = number
-
-    async def append(self, event: Event) -> Envelope:
-        log = self._log
-        if log.revision != self._revision:
-            raise OwnershipLostError(f"job {self._job_id}: another writer has the log")
-        self._sequence += 1
-        entry = Envelope(
-            sequence=self._sequence,
-            time=time.time(),
-            job_id=self._job_id,
-            event=event,
-            previous=self._previous,
-        )
-        if isinstance(event, Preview):
-            log.entries = [e for e in log.entries if not _same_preview(e.event, event)]
-        else:
-            log.revision += 1
-            self._revision += 1
-            self._previous = entry.sequence
-        log.entries.append(entry)
-        self._ended = self._ended or isinstance(event, TERMINAL)
-        log.changes.notify()
-        return entry
-
-
-def _same_preview(old: Event, new: Preview) -> bool:
-    return isinstance(old, Preview) and old.sample == new.sample
-
-
-class MemoryControl:
-    """A Control in memory."""
-
-    def __init__(self) -> None:
-        self._cancel_handlers: list[Callable[[int], Awaitable[None]]] = []
-        self._command_handlers: list[Callable[[WorkerCommand], Awaitable[None]]] = []
-        self._model_handlers: list[Callable[[ModelCommand], Awaitable[None]]] = []
-        self._notice_handlers: list[Callable[[StreamNotice], Awaitable[None]]] = []
-        self._usage_handlers: list[Callable[[UsageReport], Awaitable[None]]] = []
-
-    async def cancel(self, job_id: int) -> None:
-        for handler in list(self._cancel_handlers):
-            await handler(job_id)
-
-    async def broadcast(self, command: WorkerCommand) -> None:
-        for handler in list(self._command_handlers):
-            await handler(command)
-
-    @asynccontextmanager
-    async def on_cancel(self, handler: Callable[[int], Awaitable[None]]) -> AsyncIterator[None]:
-        with _listed(self._cancel_handlers, handler):
-            yield
-
-    @asynccontextmanager
-    async def on_command(
-        self, handler: Callable[[WorkerCommand], Awaitable[None]]
-    ) -> AsyncIterator[None]:
-        with _listed(self._command_handlers, handler):
-            yield
-
-    async def command_model(self, command: ModelCommand) -> None:
-        for handler in list(self._model_handlers):
-            await handler(command)
-
-    @asynccontextmanager
-    async def on_model_command(
-        self, handler: Callable[[ModelCommand], Awaitable[None]]
-    ) -> AsyncIterator[None]:
-        with _listed(self._model_handlers, handler):
-            yield
-
-    async def notify(self, notice: StreamNotice) -> None:
-        for handler in list(self._notice_handlers):
-            await handler(notice)
-
-    @asynccontextmanager
-    async def on_notice(
-        self, handler: Callable[[StreamNotice], Awaitable[None]]
-    ) -> AsyncIterator[None]:
-        with _listed(self._notice_handlers, handler):
-            yield
-
-    async def report_usage(self, report: UsageReport) -> None:
-        for handler in list(self._usage_handlers):
-            await handler(report)
-
-    @asynccontextmanager
-    async def on_usage(
-        self, handler: Callable[[UsageReport], Awaitable[None]]
-    ) -> AsyncIterator[None]:
-        with _listed(self._usage_handlers, handler):
-            yield
-
-
-@contextmanager
-def _listed(handlers: list[T], handler: T) -> Iterator[None]:
-    handlers.append(handler)
-    try:
-        yield
-    finally:
-        handlers.remove(handler)

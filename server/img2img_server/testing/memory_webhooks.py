@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from img2img_server.domain.job import Job
 from img2img_server.interfaces.webhooks import OutboxFullError, PendingWebhook
-from img2img_server.testing.memory_queue import Notifier
+from img2img_server.testing.notifier import Notifier
 
 
 @dataclass(slots=True, eq=False)
