@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -41,6 +42,21 @@ class ModelError(OperatorError):
     def mistake(self) -> str:
         """The sentence, preceded by the name of the setting."""
         return f"{variable(self.setting)}: {self}"
+
+
+@contextmanager
+def about_setting(name: str) -> Iterator[None]:
+    """Makes errors of the body about this setting instead of the model: of files that are damaged
+    or cannot be read.
+    """
+    try:
+        yield
+    except ModelError as error:
+        if error.setting != "model":
+            raise
+        raise ModelError(str(error), name) from error
+    except OSError as error:
+        raise ModelError(f"{error.filename} cannot be read: {error.strerror}", name) from error
 
 
 class ModelAccessError(ModelError):

@@ -22,7 +22,7 @@ from img2img_server.engine.diffusers.local_model import LocalModel
 from img2img_server.engine.diffusers.parts import load_part, load_parts
 from img2img_server.engine.diffusers.placement import log_parts, modules, place
 from img2img_server.engine.diffusers.single_file import load_single_file
-from img2img_server.engine.family import ModelError, ModelFiles
+from img2img_server.engine.family import ModelError, ModelFiles, about_setting
 from img2img_server.engine.options import Compile, ModelOptions, Quantization, TinyVaeUse
 from img2img_server.extras import install_command
 
@@ -136,10 +136,8 @@ def _own_vae(folder: Path, files: ModelFiles, dtype: torch.dtype, allow_pickles:
         folder, name = folder.parent, folder.name
     elif not (folder / name).is_dir():
         raise ModelError(f"{folder} has no config.json and no folder vae", setting="vae_dir")
-    try:
+    with about_setting("vae_dir"):
         return load_part(name, entry, folder, dtype, None, allow_pickles)
-    except ModelError as error:
-        raise ModelError(str(error), setting="vae_dir") from error
 
 
 def _quantization(wanted: Quantization) -> Any:

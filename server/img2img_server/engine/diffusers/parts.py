@@ -79,7 +79,7 @@ def load_parts(
             )
     parts |= given
     check_tokenizers(parts, str(folder))
-    check_latents(family, parts, str(folder))
+    check_latents(family, parts, str(folder), "vae_dir" if "vae" in given else "model")
     return parts
 
 
@@ -205,8 +205,13 @@ def check_loaded(place: str, info: Mapping[str, Any]) -> None:
         )
 
 
-def check_latents(family: Family, parts: Mapping[str, Any], place: str) -> None:
+def check_latents(
+    family: Family, parts: Mapping[str, Any], place: str, setting: str = "model"
+) -> None:
     """Checks that the autoencoder has the latents that the denoiser takes.
+
+    Args:
+        setting: The setting that names the autoencoder.
 
     Raises:
         ModelError: It is that of another family.
@@ -214,9 +219,12 @@ def check_latents(family: Family, parts: Mapping[str, Any], place: str) -> None:
     taken = _channels(parts.get(family.denoiser), "in_channels")
     given = _channels(parts.get("vae"), "latent_channels")
     if family.kind is ModelKind.DIFFUSION and taken and given and taken != given:
+        is_own = setting == "model"
+        cure = "fetch the folder vae of this model again" if is_own else "name that of this model"
         raise ModelError(
             f"the vae of {place} has latents of {given} channels, but its {family.denoiser} takes "
-            f"{taken}: it is another family's: fetch the folder vae of this model again"
+            f"{taken}: it is another family's: {cure}",
+            setting,
         )
 
 

@@ -40,7 +40,7 @@ from img2img_server.engine.diffusers.parts import (
     guarded,
     load_part,
 )
-from img2img_server.engine.family import ModelError
+from img2img_server.engine.family import ModelError, about_setting
 from img2img_server.engine.tensor_names import (
     HARMLESS_IN_CHECKPOINT,
     HARMLESS_IN_PART,
@@ -140,7 +140,9 @@ def load_single_file(
         else:
             parts[name] = _from_folder(family, name, entry, path, parts_dir, dtype, allow_pickles)
     check_tokenizers(parts, str(path))
-    check_latents(family, parts, str(path))
+    is_held = "vae" in checkpoint.prefixes
+    setting = "vae_dir" if "vae" in given else "model" if is_held else "model_parts_dir"
+    check_latents(family, parts, str(path), setting)
     options = {
         name: value
         for name, value in checkpoint.files.index.items()
@@ -191,10 +193,11 @@ def _from_folder(
             f"{_command(family, 'FOLDER')}"
         )
     folder = folder_of(parts_dir, family.name)
-    if (folder / name).is_dir():
-        return load_part(name, entry, folder, dtype, None, allow_pickles)
-    if file := file_of(parts_dir, family.name, name):
-        return _from_file(family, name, entry[1], file, dtype)
+    with about_setting("model_parts_dir"):
+        if (folder / name).is_dir():
+            return load_part(name, entry, folder, dtype, None, allow_pickles)
+        if file := file_of(parts_dir, family.name, name):
+            return _from_file(family, name, entry[1], file, dtype)
     raise ModelError(
         f"{path} does not hold the {name} ({entry[1]}), and there is no folder "
         f"{folder / name}: put it there in diffusers' layout{_or_file(family, name)}"

@@ -13,7 +13,7 @@ from img2img_server.engine.checkpoint_file import read_shapes
 from img2img_server.engine.checkpoint_text import file_of, folder_of
 from img2img_server.engine.device import choose_dtype
 from img2img_server.engine.diffusers.local_model import LocalModel
-from img2img_server.engine.family import ModelError
+from img2img_server.engine.family import about_setting
 from img2img_server.engine.options import EngineOptions, Quantization, TextEncoderPlacement
 from img2img_server.engine.weight_files import TensorEntry, read_header, weights_of
 
@@ -31,7 +31,8 @@ def weights_size(model: LocalModel, options: EngineOptions, device: torch.device
         if not _stays_on_host(name, model, options, device)
     )
     width = choose_dtype(options.dtype, device).itemsize
-    return parts + (_folder_size(Path(options.tiny_vae), width) if options.tiny_vae else 0)
+    tiny = _other_size("tiny_vae", Path(options.tiny_vae), width) if options.tiny_vae else 0
+    return parts + tiny
 
 
 def _stays_on_host(
@@ -48,7 +49,8 @@ def _stays_on_host(
 def _part_size(model: LocalModel, name: str, options: EngineOptions, device: torch.device) -> int:
     is_denoiser = name == model.family.denoiser
     if is_denoiser and options.gguf_file is not None:
-        return options.gguf_file.stat().st_size
+        with about_setting("gguf_file"):
+            return options.gguf_file.stat().st_size
     width = choose_dtype(options.dtype, device).itemsize
     if is_denoiser and options.quantization is not Quantization.OFF:
         width = 1
@@ -82,17 +84,15 @@ def _held_size(path: Path, checkpoint: Checkpoint, name: str, width: int) -> int
     return sum(held) * width
 
 
-def _other_size(setting: str, path: Path, width: int, allow_pickles: bool) -> int:
-    """Returns the size of the weights that a setting names. Errors name the setting."""
-    try:
+def _other_size(setting: str, path: Path, width: int, allow_pickles: bool = False) -> int:
+    """Returns the size of the weights that a setting names. Errors are about the setting."""
+    with about_setting(setting):
         if path.is_file():
             return _size(read_header(path).values(), width)
         return _folder_size(path, width, allow_pickles)
-    except ModelError as error:
-        raise ModelError(str(error), setting) from error
 
 
-def _folder_size(folder: Path, width: int, allow_pickles: bool = False) -> int:
+def _folder_size(folder: Path, width: int, allow_pickles: bool) -> int:
     if not (folder / "config.json").is_file():  # a tokenizer or a scheduler
         return 0
     chosen = weights_of(folder, allow_pickles=allow_pickles)
