@@ -189,6 +189,45 @@ async def test_pickles_of_a_hub_are_refused_before_they_are_downloaded(
     assert [name for name in asked if name.endswith(".bin")] == []
 
 
+async def test_a_model_without_readable_weights_is_refused_before_its_download(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = {name: data for name, data in TURBO.items() if not name.startswith("unet/diffusion")}
+    async with hub({**files, "unet/model.onnx": b"other"}) as (address, asked):
+        use(monkeypatch, address)
+        with pytest.raises(ModelError, match=r"no weights of the unet .* are model\.onnx: name a"):
+            await find()
+    assert not [name for name in asked if name.endswith(".safetensors")]
+
+
+async def test_a_download_that_was_cut_off_is_no_model_while_the_hub_is_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def fault(request: web.Request) -> web.StreamResponse | None:
+        return error(401, "GatedRepo") if "unet/diffusion" in request.path else None
+
+    async with hub(TURBO, fault) as (address, _):
+        use(monkeypatch, address)
+        with pytest.raises(ModelError, match="is gated"):
+            await find()
+    use(monkeypatch, "http://127.0.0.1:9")
+    with pytest.raises(ModelError, match="only a part of owner/tiny, it lacks files of the unet, "):
+        await find()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"the unet, and HF_HUB_OFFLINE is set: unset it"):
+        await find()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    async with hub(TURBO) as (address, asked):
+        use(monkeypatch, address)
+        await find()
+    assert asked == ["unet/diffusion_pytorch_model.fp16.safetensors"]
+
+
+def test_the_path_of_a_file_is_no_hub_id() -> None:
+    with pytest.raises(ModelError, match=r"there is no model at models/photo\.safetensors"):
+        read_model_spec("models/photo.safetensors")
+
+
 async def test_a_download_is_shown_while_it_runs(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 _ID: Final = re.compile(r"[\w.-]+/[\w.-]+(@.+)?")
+_FILE: Final = re.compile(r"\.(safetensors|ckpt|bin|pth?|gguf)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,8 @@ class HubId:
         if source.startswith(("/", ".", "~")) or not _ID.fullmatch(source):
             return None
         repo, _, revision = source.partition("@")
+        if _FILE.search(repo):  # the path of a file that does not exist
+            return None
         return cls(repo, revision)
 
     def __str__(self) -> str:

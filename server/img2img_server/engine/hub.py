@@ -85,9 +85,9 @@ def download_model(
         ModelError: The model cannot be downloaded; the sentence says why.
     """
     listing = _listing_or_cache(hub_id, local_dir)
-    if isinstance(listing, Path):
-        needed_parts(ModelFiles.read(listing))
-        return listing
+    if isinstance(listing, _Cached):
+        _check_cached(hub_id, listing, needed_parts(ModelFiles.read(listing.folder)))
+        return listing.folder
     if INDEX not in listing.sizes:
         files = sorted(name for name in listing.sizes if "/" not in name and "." in name)
         raise ModelError(
@@ -96,24 +96,59 @@ def download_model(
     with _sentences(hub_id):
         folder = _download(hub_id, listing, filter(_CONFIGS.fullmatch, listing.sizes), local_dir)
         parts = needed_parts(ModelFiles.read(folder))
-        wanted = [name for part in parts for name in _part_files(part, listing, allow_pickles)]
+        wanted = [
+            name for part in parts for name in _part_files(hub_id, part, listing, allow_pickles)
+        ]
         return _download(hub_id, listing, wanted, local_dir)
 
 
-def _part_files(part: str, listing: _Listing, allow_pickles: bool) -> list[str]:
+def _has_weights(part: str, names: Collection[str]) -> bool:
+    """Returns whether a part is a network, by the files in its folder."""
+    return "config.json" in names and not part.startswith("tokenizer")
+
+
+def _check_cached(hub_id: HubId, cached: _Cached, parts: Collection[str]) -> None:
+    """Raises ModelError if an earlier download left the cache without a part or its weights."""
+    for part in sorted(parts):
+        folder = cached.folder / part
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        weights = choose_weights(names)
+        if not names or (_has_weights(part, names) and not (weights and weights.is_whole)):
+            raise ModelError(
+                f"the cache of the hub's library has only a part of {hub_id}, it lacks files of "
+                f"the {part}, and {cached.why}"
+            )
+
+
+def _part_files(hub_id: HubId, part: str, listing: _Listing, allow_pickles: bool) -> list[str]:
     """Returns the small files and the weights of a part."""
     start = f"{part}/"
     names = [name.removeprefix(start) for name in listing.sizes if name.startswith(start)]
     names = [name for name in names if "/" not in name]
     wanted = [name for name in names if name.endswith(_SMALL) and ".index." not in name]
-    if weights := choose_weights(names):
+    weights = choose_weights(names)
+    if weights is None and _has_weights(part, names):
+        others = ", ".join(sorted(set(names) - set(wanted))) or "none"
+        raise ModelError(
+            f"{hub_id} has no weights of the {part} that can be read; its other files there are "
+            f"{others[:200]}: name a model with .safetensors files"
+        )
+    if weights:
         if weights.is_pickle:
             refuse_pickle(Path(start + weights.files[0]), allow_pickles)
         wanted += [*weights.files, *filter(None, [weights.index])]
     return [start + name for name in wanted]
 
 
-def _listing_or_cache(hub_id: HubId, local_dir: Path | None) -> _Listing | Path:
+@dataclass(frozen=True, slots=True)
+class _Cached:
+    """A model in the cache of the hub's library. `why`: why nothing can be downloaded."""
+
+    folder: Path
+    why: str
+
+
+def _listing_or_cache(hub_id: HubId, local_dir: Path | None) -> _Listing | _Cached:
     """Returns the files of a model at the hub, or the folder of the cache if the hub is away."""
     from huggingface_hub import constants, snapshot_download
 
@@ -136,7 +171,7 @@ def _listing_or_cache(hub_id: HubId, local_dir: Path | None) -> _Listing | Path:
             if (found / INDEX).is_file():
                 if failure is not None:
                     _log.warning("hub_unavailable_cache_used: %s", failure)
-                return found
+                return _Cached(found, str(failure or "HF_HUB_OFFLINE is set: unset it"))
     raise failure or ModelError(
         f"{hub_id} is not in the cache of the hub's library, and HF_HUB_OFFLINE is set: unset it, "
         "or fetch the model into a folder with `img2img-server fetch-model`"
