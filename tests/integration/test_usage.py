@@ -175,6 +175,27 @@ async def test_an_estimate_has_the_complete_request_and_creates_nothing() -> Non
             assert "init_image" not in (refused.value.details() or "")
 
 
+@pytest.mark.parametrize(
+    ("fields", "is_open"),
+    [({}, True), ({"width": 256}, True), ({"width": 256, "height": 512}, False)],
+    ids=["none", "one", "both"],
+)
+async def test_an_estimate_says_that_an_open_size_is_that_of_a_square(
+    fields: dict[str, int], is_open: bool
+) -> None:
+    bus = memory_bus()
+    await bus.workers.announce(WorkerInfo(name="w", model=FAKE_MODEL, device="cpu"))
+    async with running_api(bus) as api:
+        wanted = job_pb2.JobSpec(prompt="a", **fields)
+        for image in (job_pb2.InitImage(), job_pb2.InitImage(data=b"x")):
+            if image.data:
+                wanted.init_image.CopyFrom(image)
+            request = service_pb2.EstimateJobRequest(spec=wanted)
+            found = await api.stub.EstimateJob(request, metadata=DEV)
+            is_said = "those of a square init image" in found.warning
+            assert is_said == (is_open and bool(image.data))
+
+
 async def test_an_estimate_over_http_is_that_of_the_api() -> None:
     headers = {"Authorization": "Bearer dev-key"}
     async with running_gateway() as gateway:

@@ -6,14 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
 
+import grpc
 import pytest
 from click.testing import CliRunner, Result
 
 from img2img_client.cli import main
 from tests.cli_runs import in_a_folder_with_a_photo
-from tests.fake_service import FakeService, serving
+from tests.fake_service import FakeService, Refusal, serving
 from tests.readme import ROOT, blocks
 
 # The name of the program decides the name of the variable.
@@ -89,21 +91,87 @@ def test_the_certificates_of_a_profile_are_in_the_folder_of_its_file() -> None:
     result = call("capabilities", "--profile", "a")
     assert result.exit_code == 2
     assert f"cannot read {Path('none.pem').absolute()}" in result.stderr
+    assert f"Invalid value for ca_file in {Path('config.toml').absolute()}, profile 'a'" in (
+        result.stderr
+    )
+
+
+def test_without_a_file_an_unknown_profile_says_how_to_add_it() -> None:
+    result = call("list", "--profile", "lab")
+    assert result.exit_code == 2
+    path = Path("config.toml").absolute()
+    assert result.stderr.splitlines()[-1] == (
+        f"Error: there is no profile 'lab': add [profiles.lab] to {path}, which does not exist "
+        "yet, with server and api_key (--profile or IMG2IMG_PROFILE)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ('server = "a b"', "Invalid value for server in {place}: server must be host:port"),
+        (
+            'server = "x"',
+            "x needs an API key: set it with --api-key or IMG2IMG_API_KEY, or api_key in {place}",
+        ),
+        ('server = "x"\napi_key = "ä"', "Invalid value for api_key in {place}: api_key cannot be"),
+        ('server = "127.0.0.1"\ncert_file = "c.pem"', "only cert_file in {place} is there"),
+        ('server = "127.0.0.1"\nca_file = "config.toml"', "Invalid value for ca_file in {place}"),
+        ('server = "127.0.0.1"\ntls_name = "x"', "Invalid value for tls_name in {place}"),
+    ],
+)
+def test_a_wrong_setting_of_a_profile_is_named_with_its_place(settings: str, words: str) -> None:
+    write(f"[profiles.a]\n{settings}\n")
+    place = f"{Path('config.toml').absolute()}, profile 'a'"
+    result = call("list", "--profile", "a")
+    assert result.exit_code == 2
+    assert words.format(place=place) in result.stderr
+    found = json.loads(call("list", "--profile", "a", "--json").stdout)["error"]
+    assert "config.toml" not in found["violations"][0]["field"]
+
+
+@pytest.mark.parametrize("is_variable", [False, True])
+def test_an_address_that_is_not_found_is_named_with_its_source(
+    is_variable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = "nowhere.invalid:1"
+    words = ("list", "--api-key", "k")
+    if is_variable:
+        monkeypatch.setenv("IMG2IMG_SERVER", server)
+        source = "IMG2IMG_SERVER"
+    else:
+        write(f'[profiles.a]\nserver = "{server}"\n')
+        words = (*words, "--profile", "a")
+        source = f"server in {Path('config.toml').absolute()}, profile 'a'"
+    result = call(*words)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == f"Is the address right? It is that of {source}."
+
+
+def test_a_rejected_key_of_a_profile_is_named_with_its_place() -> None:
+    refused = Refusal(grpc.StatusCode.UNAUTHENTICATED, "The API key is wrong", "INVALID_API_KEY")
+    with serving(FakeService(refusals=deque([refused]))) as port:
+        write(f'[profiles.a]\nserver = "127.0.0.1:{port}"\napi_key = "k"\n')
+        result = call("get", "10000001", "--profile", "a")
+    place = f"{Path('config.toml').absolute()}, profile 'a'"
+    assert result.stderr.splitlines()[-1] == (
+        f"The key was api_key in {place}. Set your key with --api-key or IMG2IMG_API_KEY."
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("[profiles", "is not a TOML file"),
-        ("colour = 1", "there is no setting colour"),
+        ("colour = 1", "there is no setting colour; there are default and profiles"),
         ("profiles = 1", "profiles must be tables"),
         ("[profiles]\na = 1", "must be a table"),
         ('[profiles.a]\nsever = "x"', "there is no setting 'sever'"),
         ("[profiles.a]\nserver = 5", "server must be text"),
         ('[profiles.a]\nserver = "x"\ntls = "yes"', "tls must be true or false"),
-        ("[profiles.a]\ntls = true", "server is missing"),
-        ('default = "b"\n[profiles.a]\nserver = "x"', "there is no profile 'b'"),
-        ('[profiles.b]\nserver = "x"', "there is no profile 'a'"),
+        ("[profiles.a]\ntls = true", 'server is missing: add server = "HOST:PORT"'),
+        ('default = "b"\n[profiles.a]\nserver = "x"', "default is 'b', and there is no such"),
+        ('[profiles.b]\nserver = "x"', "or choose one of its profiles, b (--profile or IMG2IMG_"),
     ],
 )
 def test_a_wrong_file_is_refused_with_its_path_and_the_setting(text: str, words: str) -> None:

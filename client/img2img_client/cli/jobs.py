@@ -86,8 +86,8 @@ def generate(
 def estimate(session: Session, *, prompt: str, init_image: str | None, **options: Any) -> None:
     """Estimate the time and the price of a job without creating it.
 
-    The init image is not decoded: sides that you leave out are those of a square init image. Give
-    --width and --height for an estimate of another shape.
+    The init image is not decoded: sides that you leave out are those of a square init image, and a
+    warning says so. Give --width and --height for an estimate of another shape.
     """
     from img2img_client.cli.report import show_estimate
 

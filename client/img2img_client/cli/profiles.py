@@ -42,10 +42,18 @@ class Config:
 
     def get(self, name: str) -> Profile:
         """Returns the profile with this name. Raises click.UsageError."""
-        if name not in self.profiles:
-            known = ", ".join(self.profiles) or "no profile"
-            raise click.UsageError(f"there is no profile {name!r}; {self.path} has {known}")
-        return self.profiles[name]
+        if name in self.profiles:
+            return self.profiles[name]
+        text = f"there is no profile {name!r}: add [profiles.{name}] to {self.path}"
+        if self.profiles:
+            text += f", or choose one of its profiles, {', '.join(self.profiles)}"
+        elif not self.path.exists():
+            text += ", which does not exist yet, with server and api_key"
+        raise click.UsageError(f"{text} (--profile or {PROFILE_VARIABLE})")
+
+    def place(self, name: str) -> str:
+        """Returns where a profile is, for messages."""
+        return f"{self.path}, profile {name!r}"
 
 
 def config_path() -> Path:
@@ -70,7 +78,10 @@ def read_config() -> Config:
         return Config(path)
     except OSError as error:
         raise click.UsageError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        text = f"{path} is not a TOML file: byte {error.start} is not UTF-8"
+        raise click.UsageError(text) from error
+    except tomllib.TOMLDecodeError as error:
         raise click.UsageError(f"{path} is not a TOML file: {error}") from error
     config = _read(path, content)
     has_keys = any(profile.api_key for profile in config.profiles.values())
@@ -83,13 +94,17 @@ def read_config() -> Config:
 def _read(path: Path, content: dict[str, Any]) -> Config:
     tables, default = content.pop("profiles", {}), content.pop("default", "")
     if content:
-        raise click.UsageError(f"{path}: there is no setting {', '.join(sorted(content))}")
+        text = f"there is no setting {', '.join(sorted(content))}; there are default and profiles"
+        raise click.UsageError(f"{path}: {text}")
     if not isinstance(tables, dict) or not isinstance(default, str):
-        raise click.UsageError(f"{path}: profiles must be tables and default the name of one")
+        text = "profiles must be tables, such as [profiles.lab], and default the name of one"
+        raise click.UsageError(f"{path}: {text}")
     profiles = {name: _profile(path, name, table) for name, table in tables.items()}
     config = Config(path, profiles, default)
-    if default:
-        config.get(default)
+    if default and default not in profiles:
+        known = ", ".join(profiles) or "none"
+        text = f"default is {default!r}, and there is no such profile; the profiles are {known}"
+        raise click.UsageError(f"{path}: {text}")
     return config
 
 
@@ -107,7 +122,7 @@ def _profile(path: Path, name: str, table: object) -> Profile:
             raise click.UsageError(f"{place}: {key} must be {kind}")
     profile = Profile(**table)
     if not profile.server:
-        raise click.UsageError(f"{place}: server is missing")
+        raise click.UsageError(f'{place}: server is missing: add server = "HOST:PORT"')
     return profile
 
 

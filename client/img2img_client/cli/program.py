@@ -133,7 +133,8 @@ def _usage_facts(error: click.ClickException) -> dict[str, object]:
     name: object = getattr(error, "option_name", "")  # option that does not exist
     if isinstance(error, click.BadParameter):
         name = error.param.name if error.param else error.param_hint
-    field = name.lstrip("-").replace("-", "_") if isinstance(name, str) else ""
+    # A hint may continue with the place of a setting, such as "server in config.toml".
+    field = name.split(" ")[0].lstrip("-").replace("-", "_") if isinstance(name, str) else ""
     return error_facts(invalid(field, "INVALID_FORMAT", error.format_message()))
 
 

@@ -32,6 +32,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 DEV_KEY = "dev-key"
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+# Causes that a wrong address can have.
+_NOT_FOUND = (Cause.HOST_NOT_FOUND, Cause.REFUSED, Cause.UNREACHABLE, Cause.NO_ANSWER)
 RETRY = Retry(connect_seconds=3.0)  # shorter than the default: a person waits at the terminal
 
 
@@ -106,6 +108,7 @@ def command(function: F) -> F:
         files = TlsFiles(ca_file, cert_file, key_file)
         chosen = _with_profile(profile, Connection(server, api_key, tls, files, tls_name))
         session = Session(_client(chosen), as_json)
+        source = click.get_current_context().get_parameter_source
         try:
             with session.client:
                 function(session, **parameters)
@@ -113,9 +116,16 @@ def command(function: F) -> F:
             is_local = session.client.endpoint.is_loopback
             if error.metadata.get("cause") == Cause.REFUSED and is_local:
                 error.add_note("Is it running? `img2img-server local` starts it on this machine.")
+            elif error.metadata.get("cause") in _NOT_FOUND:
+                given = chosen.source("server")
+                if not chosen.own and source("server") is ParameterSource.ENVIRONMENT:
+                    given = SERVER_VARIABLE
+                error.add_note(f"Is the address right? It is that of {given}.")
             raise
         except UnauthenticatedError as error:
             used = "" if chosen.api_key else f"No key was given, so {DEV_KEY} was used. "
+            if "api_key" in chosen.own:
+                used = f"The key was {chosen.source('api_key')}. "
             error.add_note(f"{used}Set your key with --api-key or {KEY_VARIABLE}.")
             raise
         except KeyboardInterrupt:
@@ -181,13 +191,26 @@ def command(function: F) -> F:
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """The values of the options that describe the connection."""
+    """The values of the options that describe the connection.
+
+    Attributes:
+        place: The profile, for messages. Empty: there is none.
+        own: Names of the settings whose values are those of the profile.
+    """
 
     server: str
     api_key: str | None
     tls: bool
     files: TlsFiles
     tls_name: str | None
+    place: str = ""
+    own: frozenset[str] = frozenset()
+
+    def source(self, setting: str) -> str:
+        """Returns where the value of a setting is, for messages: an option or a profile."""
+        if setting in self.own:
+            return f"{setting} in {self.place}"
+        return f"--{setting.replace('_', '-')}"
 
 
 def _with_profile(name: str | None, given: Connection) -> Connection:
@@ -206,20 +229,29 @@ def _with_profile(name: str | None, given: Connection) -> Connection:
         config = read_config()
         if not config.default:
             return given
-        profile = config.get(config.default)
+        name = config.default
+        profile, is_default = config.get(name), True
     elif source("server") is ParameterSource.COMMANDLINE:
         text = "--server cannot be combined with a profile, whose key belongs to another service"
         raise click.UsageError(text)
     else:
         config = read_config()
-        profile = config.get(name)
+        profile, is_default = config.get(name), False
     is_key_given = source("api_key") is ParameterSource.COMMANDLINE or (
-        name is None and bool(given.api_key)
+        is_default and bool(given.api_key)
     )
     key = given.api_key if is_key_given else profile.api_key or given.api_key
     names = (profile.ca_file, profile.cert_file, profile.key_file)
     files = (config.path.parent / Path(name).expanduser() if name else None for name in names)
     own = TlsFiles(*files)
+    of_options = {
+        "api_key": is_key_given,
+        "ca_file": given.files.authorities,
+        "cert_file": given.files.certificate,
+        "key_file": given.files.key,
+        "tls_name": given.tls_name,
+    }
+    taken = {name for name in of_options if getattr(profile, name) and not of_options[name]}
     return Connection(
         profile.server,
         key,
@@ -230,6 +262,8 @@ def _with_profile(name: str | None, given: Connection) -> Connection:
             given.files.key or own.key,
         ),
         given.tls_name or profile.tls_name or None,
+        config.place(name),
+        frozenset({"server", *taken}),
     )
 
 
@@ -237,16 +271,22 @@ def _client(chosen: Connection) -> Client:
     """Returns the client for the options. Raises click.UsageError."""
     files = chosen.files
     if (files.certificate is None) != (files.key is None):
-        raise click.UsageError("--cert-file and --key-file must be given together")
-    roots, *pair = (_read(file) for file in (files.authorities, files.certificate, files.key))
-    hint = "--ca-file"
+        given = chosen.source("key_file" if files.certificate is None else "cert_file")
+        text = f"--cert-file and --key-file must be given together; only {given} is there"
+        raise click.UsageError(text)
+    roots = _read(files.authorities, chosen.source("ca_file"))
+    pair = (
+        _read(files.certificate, chosen.source("cert_file")),
+        _read(files.key, chosen.source("key_file")),
+    )
+    hint = chosen.source("ca_file")
     try:
         if roots is not None:
             check_certificates(roots, str(files.authorities))
         hint = ""
         return Client(
             chosen.server,
-            api_key=chosen.api_key or _default_key(chosen.server),
+            api_key=chosen.api_key or _default_key(chosen),
             tls=chosen.tls,
             root_certificates=roots,
             tls_name=chosen.tls_name,
@@ -254,21 +294,24 @@ def _client(chosen: Connection) -> Client:
             retry=RETRY,
         )
     except InvalidArgumentError as error:
-        field = error.violations[0].field.replace("_", "-")
-        hint = hint or {"client-certificate": "--cert-file"}.get(field, f"--{field}")
+        field = error.violations[0].field
+        hint = hint or chosen.source({"client_certificate": "cert_file"}.get(field, field))
         raise click.BadParameter(str(error), param_hint=hint) from error
 
 
-def _read(file: Path | None) -> bytes | None:
+def _read(file: Path | None, source: str) -> bytes | None:
+    """Returns the content of a file. Raises click.BadParameter with the source of its name."""
     try:
         return file.read_bytes() if file else None
     except OSError as error:
-        raise click.BadParameter(f"cannot read {file}: {error.strerror}") from error
+        text = f"cannot read {file}: {error.strerror}"
+        raise click.BadParameter(text, param_hint=source) from error
 
 
-def _default_key(server: str) -> str:
-    endpoint = Endpoint(server)
+def _default_key(chosen: Connection) -> str:
+    endpoint = Endpoint(chosen.server)
     if endpoint.is_loopback:
         return DEV_KEY
-    text = f"{endpoint.server} needs an API key: set it with --api-key or {KEY_VARIABLE}"
+    profile = f", or api_key in {chosen.place}" if chosen.place else ""
+    text = f"{endpoint.server} needs an API key: set it with --api-key or {KEY_VARIABLE}{profile}"
     raise click.UsageError(text)

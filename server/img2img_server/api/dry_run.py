@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from img2img.v1 import job_pb2, service_pb2
 from img2img_server.api import convert
 from img2img_server.api.admission import Admission, Caller
 from img2img_server.api.deps import ApiDeps
 from img2img_server.api.estimate import Estimator
 from img2img_server.domain.price import Price
+from img2img_server.domain.warnings import join_warnings
+
+_SQUARE: Final = (
+    "The init image is not read for an estimate: width and height that the request leaves out are "
+    "those of a square init image."
+)
 
 
 class DryRun:
@@ -23,6 +31,8 @@ class DryRun:
     ) -> service_pb2.EstimateJobResponse:
         """Raises what Admission.resolve raises."""
         params, model, warning = await self._admission.resolve(spec, caller)
+        if spec.HasField("init_image") and not (spec.HasField("width") and spec.HasField("height")):
+            warning = join_warnings(warning, _SQUARE)
         position, seconds, wait = await self._estimator.new_job(
             params, caller.principal.tenant, model
         )

@@ -173,7 +173,9 @@ class EstimateJobResponse(_message.Message):
     PRICE_FIELD_NUMBER: _builtins.int
     CURRENCY_FIELD_NUMBER: _builtins.int
     warning: _builtins.str
-    """Warning that the job would have, see Job.warning."""
+    """Warning that the job would have, see Job.warning; also that a size which was left open is that of a
+    square init image, if the request has one.
+    """
     device_seconds: _builtins.float
     """Time that the device would work on the job, in seconds. 0 if no worker has measured the model yet."""
     position: _builtins.int
