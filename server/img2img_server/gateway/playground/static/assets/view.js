@@ -1,7 +1,8 @@
 // Draws one result (both images, the progress, the facts) and errors.
 const STAGES = {
-  fetch: "Fetch", queue: "Queue", held: "Held", prepare: "Prepare", encode: "Encode", denoise: "Denoise",
-  paused: "Paused", decode: "Decode", safety: "Safety check", image_encode: "Encode file", upload: "Upload",
+  fetch: "Init image check", queue: "Wait for a worker", held: "Wait for the device", prepare: "Prepare",
+  encode: "Encode", denoise: "Denoise", paused: "Steps of other jobs", decode: "Decode",
+  safety: "Safety check", image_encode: "Encode file", upload: "Upload",
 };
 
 export const $ = (id) => document.getElementById(id);
