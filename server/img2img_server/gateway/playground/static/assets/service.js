@@ -101,7 +101,7 @@ async function* stream(path, key, signal) {
 }
 
 async function call(path, key, options = {}) {
-  if (!/^[!-~]*$/.test(key)) throw new ServiceError("Invalid API key", {}, 401);
+  if (!/^[!-~]*$/.test(key)) throw new ServiceError("The API key is wrong: keys have printable ASCII characters only and no spaces", {}, 401);
   const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
   let response;
   try {
