@@ -197,6 +197,8 @@ TRAILING = {**EULER, "timestep_spacing": "trailing"}
         ("tcd", {"_class_name": "TCDScheduler"}, 8, 0.0),
         ("playground-v2.5", {"_class_name": "EDMDPMSolverMultistepScheduler"}, 20, 3.0),
         ("sdxl-base", EULER, 20, 7.5),
+        ("runs/lightning_logs/version_3", EULER, 20, 7.5),
+        ("pytorch-lightning/sdxl-tuned", EULER, 20, 7.5),
         (
             "noobai-v-pred",
             {**TRAILING, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True},

@@ -21,8 +21,9 @@ from img2img_server.errors import OperatorError
 from img2img_server.setting_files import read_text
 from img2img_server.setting_names import variable
 
-# Names of models of Stable Diffusion that are distilled to few steps, in lower case.
-DISTILLED: Final = re.compile(r"lightning|hyper[-_ ]?sd")
+# Names of models of Stable Diffusion that are distilled to few steps, in lower case. The library
+# PyTorch Lightning is in the paths of models that were trained with it.
+DISTILLED: Final = re.compile(r"(?<!torch[-_])lightning(?![-_]logs)|hyper[-_ ]?sd")
 # A number of steps in a name such as "sdxl_lightning_4step" or "Hyper-SDXL-8steps-CFG".
 _NAMED_STEPS = re.compile(r"(?<![\d.])([1-9]|1[0-6])[-_ ]?steps?(?![a-z])")
 
