@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from img2img_server.errors import JobNotFoundError
 from img2img_server.testing.fake_engine import FakeEngine
 from tests.http_stack import Gateway, error_body, gateway_before, running_gateway
 from tests.stack import read_until, settings
@@ -110,7 +111,7 @@ async def test_an_unknown_job_is_404_before_the_stream_begins(
     job_id: str, gateway: Gateway
 ) -> None:
     answer = await gateway.http.get(f"/v1/jobs/{job_id}/events", headers=KEY)
-    expected = error_body("JOB_NOT_FOUND", "Request not found")
+    expected = error_body("JOB_NOT_FOUND", str(JobNotFoundError(f"jobs/{job_id}")))
     assert (answer.status_code, answer.json()) == (404, expected)
     answer = await gateway.http.get(f"/v1/jobs/{job_id}/events", headers={"key": "wrong"})
     assert answer.status_code == 401
