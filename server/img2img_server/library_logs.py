@@ -47,6 +47,8 @@ _NOT_ACTIONABLE: Final = tuple(
         # The engine checks which class a part has, and which parts fit together.
         ("diffusers", r"Expected types for \w+: "),
         ("diffusers", r"You have passed a non-standard module "),
+        # It names no module.
+        ("diffusers", r"There are modules in \w+ that should be kept in float32: \[\]"),
         # diffusers writes this entry itself.
         ("diffusers", r"The config attributes \{'block_out_channels'.* passed to AutoencoderTiny,"),
         # The libraries use their own deprecated names.

@@ -151,6 +151,22 @@ def test_long_and_weighted_prompts_use_all_vectors_as_with_compel(tmp_path: Path
         assert difference(ours, stock.images(wanted)[0]) <= BOUND, prompt
 
 
+def test_embeddings_whose_names_begin_alike_get_their_own_vectors(tmp_path: Path) -> None:
+    """Names in capitals are read, too: the tokenizer of CLIP has small letters only."""
+    model = write_sd(tmp_path / "model")
+    toy, other = vectors(2), vectors(3, seed=2)
+    stock = Stock(model)
+    alone = [f"q{letter}" for letter in "abcde"]  # one token for each vector
+    for token, vector in zip(alone, torch.cat([toy, other]), strict=True):
+        stock._pipeline.load_textual_inversion(vector, token=token)
+    (theirs,) = stock.images(request_of(f"a {' '.join(alone)}"))
+    (tmp_path / "files").mkdir()
+    content = {"toy": {"emb_params": toy}, "toy2": {"emb_params": other}}
+    denoiser = load(model, tmp_path / "files", **content)
+    for prompt in ("a toy toy2", "a toytoy2", "a TOY Toy2"):
+        assert difference(image_of(denoiser, request_of(prompt)), theirs) <= BOUND, prompt
+
+
 REFUSED: dict[str, tuple[dict[str, Tensor] | str, str]] = {
     "wide": ({"emb_params": torch.ones(1, 1024)}, "instead of 16: it belongs to another family"),
     "cube": ({"emb_params": torch.ones(2, 2, WIDTH)}, "instead of vectors of 16 numbers"),
@@ -184,7 +200,8 @@ def test_files_that_do_not_fit_are_logged_with_the_reason_and_the_others_are_off
     )
 
     assert denoiser.embeddings == ("first", "good")
-    refused = [it.getMessage() for it in caplog.records if it.levelno >= logging.WARNING]
+    own = [it for it in caplog.records if it.name.startswith("img2img_server")]
+    refused = [it.getMessage() for it in own if it.levelno >= logging.WARNING]
     for stem, (_, why) in REFUSED.items():
         (line,) = (
             it for it in refused if it.startswith(f"embedding_refused: {stem}"[:40]) and why in it

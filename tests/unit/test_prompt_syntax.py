@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from img2img_server.domain.params import JobParams, ValidationContext, validate
-from img2img_server.domain.prompt_syntax import Fragment, parse, plain_text
+from img2img_server.domain.prompt_syntax import (
+    Fragment,
+    doubts,
+    parse,
+    plain_text,
+    without_breaks,
+)
 from img2img_server.domain.violations import Reason
 
 
@@ -20,7 +26,7 @@ from img2img_server.domain.violations import Reason
         ("((Big Boat))", [[("Big Boat", 1.21)]]),
         ("(a (red:2) boat:0.5)", [[("a ", 0.5), ("red", 1.0), (" boat", 0.5)]]),
         ("(red:.5)(blue: 0 )", [[("red", 0.5), ("blue", 0.0)]]),
-        ("(16:9) (x: y)", [[("16", 9.0), ("x: y", 1.1)]]),
+        ("(16:9) (x: y)", [[("16 ", 9.0), ("x: y", 1.1)]]),
         ("[red:0.5]", [[("red:0.5", 1 / 1.1)]]),
         (r"a \(red\) boat \\", [[("a (red) boat \\", 1.0)]]),
         ("a (red boat", [[("a (red boat", 1.0)]]),
@@ -47,6 +53,39 @@ def test_the_plain_text_has_no_syntax() -> None:
     assert plain_text(parse("a (red:1.3) boat BREAK[fog]")) == "a red boat  fog"
 
 
+def test_weighted_words_remain_apart_in_the_plain_text() -> None:
+    assert plain_text(parse("(red:1.3) (boat:0.5)\n[sea]")) == "red boat\nsea"
+    assert plain_text(parse("(re:1.3)(d:0.5)")) == "red"
+
+
+def test_sections_are_joined_with_a_space_in_place_of_each_break() -> None:
+    (found,) = without_breaks(parse("a (red:1.3)BREAK(boat:1.3) BREAK sea"))
+    assert "".join(text for text, _ in found) == "a red boat   sea"
+    assert [weight for _, weight in found] == [1.0, 1.3, 1.3, 1.0]
+    assert without_breaks(parse("")) == ((),)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a (red:1.3) [boat] (at: night) (16:9)", []),
+        (r"a \(red\) boat", []),
+        ("a (red:1.3", ["brackets without their partner are text: ("]),
+        ("a :) boat ([b)", ["brackets without their partner are text: ( [ )"]),
+        ("(a:1,3)", ["weights that are no numbers such as 1.3 are text (1,3)"]),
+        (
+            "(a:nan) (b:-Inf) (a:1.3.1) (c:1e3)",
+            ["weights that are no numbers such as 1.3 are text (nan, -Inf, 1.3.1)"],
+        ),
+        ("(a:130%)", ["weights that are no numbers such as 1.3 are text (130%)"]),
+        ("[red:blue:0.5]", ["numbers in square brackets are text (0.5)"]),
+        ("(a:nan", ["brackets without their partner are text: ("]),
+    ],
+)
+def test_syntax_that_is_read_as_text_is_named(prompt: str, expected: list[str]) -> None:
+    assert list(doubts(prompt)) == expected
+
+
 def test_the_longest_prompt_of_brackets_is_read_quickly() -> None:
     prompt = "(" * 1000 + ")" * 1000
     assert parse(prompt) == ((),)
@@ -62,6 +101,25 @@ def test_a_weight_above_ten_is_refused() -> None:
     assert found.message == "negative_prompt must not have weights above 10"
     plain = JobParams(prompt="(a:11)", negative_prompt="((b:10))")
     assert validate(plain, ValidationContext()) == []
+
+
+@pytest.mark.parametrize("prompt", ["(a:-1)", "((a:2):-0.5)", "b (a: -.5 )"])
+def test_a_negative_weight_is_refused(prompt: str) -> None:
+    params = JobParams(prompt="a", negative_prompt=prompt, prompt_weights=True)
+    (found,) = validate(params, ValidationContext())
+    assert (found.field, found.reason) == ("negative_prompt", Reason.OUT_OF_RANGE)
+    assert "below 0" in found.message
+    assert validate(JobParams(prompt=prompt), ValidationContext()) == []
+
+
+def test_a_prompt_with_more_than_32_parts_of_a_weight_below_1_is_refused() -> None:
+    parts = [f"(a:0.{5 + number % 2})" for number in range(33)]
+    context = ValidationContext()
+    (found,) = validate(JobParams(prompt="".join(parts), prompt_weights=True), context)
+    assert (found.field, found.reason) == ("prompt", Reason.TOO_MANY)
+    assert validate(JobParams(prompt="".join(parts[:32]), prompt_weights=True), context) == []
+    strong = "".join(parts).replace("0.", "1.")
+    assert validate(JobParams(prompt=strong, prompt_weights=True), context) == []
 
 
 def test_weights_without_a_number_are_refused() -> None:

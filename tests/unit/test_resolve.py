@@ -113,7 +113,8 @@ def test_what_is_open_is_the_models_own() -> None:
         ),
         (
             {"prompt_weights": True},
-            "prompt_weights has no effect: the model m reads brackets as they are.",
+            "prompt_weights has no effect: the model m reads brackets, numbers in them and BREAK "
+            "as text.",
         ),
         ({"clip_skip": 1}, "clip_skip has no effect: the model m does not take it."),
         ({"loras": (Lora("ink", 0.5), Lora("oil"))}, ""),
@@ -140,6 +141,16 @@ def test_what_is_open_is_the_models_own() -> None:
 )
 def test_options_without_effect_are_named(fields: dict[str, Any], reported: str) -> None:
     assert resolved(**{"strength": 0.6, **fields})[1] == ([reported] if reported else [])
+
+
+def test_syntax_of_prompts_that_is_read_as_text_is_named() -> None:
+    model = replace(MODEL, takes_prompt_weights=True)
+    prompts = {"prompt": "a (red:1.3", "negative_prompt": "(fog:1,3)", "guidance_scale": 2.0}
+    assert resolved(model, prompt_weights=True, **prompts)[1] == [
+        "In prompt, brackets without their partner are text: (.",
+        "In negative_prompt, weights that are no numbers such as 1.3 are text (1,3).",
+    ]
+    assert resolved(model, **prompts)[1] == []
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 7.5])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from img2img_server.domain.prompt_syntax import MAX_WEIGHT, parse
+from img2img_server.domain.prompt_syntax import MAX_FADED, MAX_WEIGHT, parse
 from img2img_server.domain.schedulers import model_runs
 from img2img_server.domain.strength import StrengthMode, StrengthRule
 from img2img_server.domain.urls import (
@@ -218,9 +218,16 @@ def _length(name: str, text: str, most: int) -> Iterator[Violation]:
 
 def _weights(name: str, text: str) -> Iterator[Violation]:
     weights = [fragment.weight for section in parse(text) for fragment in section]
+    most = f"{MAX_WEIGHT:g}"
     if not all(weight <= MAX_WEIGHT for weight in weights):  # False for NaN, too: 0 times infinity.
-        message = f"{name} must not have weights above {MAX_WEIGHT:g}"
-        yield Violation(name, Reason.OUT_OF_RANGE, message, values={"max": f"{MAX_WEIGHT:g}"})
+        message = f"{name} must not have weights above {most}"
+        yield Violation(name, Reason.OUT_OF_RANGE, message, values={"max": most})
+    elif not all(weight >= 0 for weight in weights):
+        message = f"{name} must not have weights below 0: name what to avoid in negative_prompt"
+        yield Violation(name, Reason.OUT_OF_RANGE, message, values={"min": "0", "max": most})
+    elif sum(weight < 1 for weight in weights) > MAX_FADED:
+        message = f"{name} must not have more than {MAX_FADED} parts with a weight below 1"
+        yield Violation(name, Reason.TOO_MANY, message, values={"max_entries": str(MAX_FADED)})
 
 
 def _side(name: str, value: int, limits: Limits) -> Iterator[Violation]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from img2img_server.domain.models import Guidance, ModelInfo
 from img2img_server.domain.params import ImageFormat, JobParams, Limits
+from img2img_server.domain.prompt_syntax import doubts
 from img2img_server.domain.schedulers import model_runs
 from img2img_server.domain.strength import StrengthMode, StrengthRule
 from img2img_server.domain.warnings import no_preview
@@ -159,6 +160,21 @@ def _without_guidance(params: JobParams, model: ModelInfo) -> Iterator[str]:
         yield "true_cfg_scale has no effect without negative_prompt."
 
 
+def _weights_as_text(params: JobParams, model: ModelInfo) -> Iterator[str]:
+    """Yields a sentence for each kind of weight that the model or the syntax makes text."""
+    if not params.prompt_weights:
+        return
+    if not model.takes_prompt_weights:
+        yield (
+            f"prompt_weights has no effect: the model {model.name} reads brackets, numbers in them "
+            "and BREAK as text."
+        )
+        return
+    for name in ("prompt", "negative_prompt"):
+        for doubt in doubts(getattr(params, name)):
+            yield f"In {name}, {doubt}."
+
+
 def _without_effect(params: JobParams, model: ModelInfo) -> Iterator[str]:
     run = model.strength_rule.denoising_steps(params.strength, params.num_inference_steps)
     yield from _without_guidance(params, model)
@@ -167,8 +183,7 @@ def _without_effect(params: JobParams, model: ModelInfo) -> Iterator[str]:
             yield f"The LoRA {lora.name} has no effect at scale 0."
     if params.output_quality and params.output_format is ImageFormat.PNG:
         yield "output_quality has no effect on PNG."
-    if params.prompt_weights and not model.takes_prompt_weights:
-        yield (f"prompt_weights has no effect: the model {model.name} reads brackets as they are.")
+    yield from _weights_as_text(params, model)
     if params.clip_skip and not model.max_clip_skip:
         yield f"clip_skip has no effect: the model {model.name} does not take it."
     if params.strength_mode is StrengthMode.NOISE_LEVEL:

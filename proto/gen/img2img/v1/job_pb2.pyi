@@ -372,9 +372,11 @@ class JobSpec(_message.Message):
     """
     prompt_weights: _builtins.bool
     """Whether prompt and negative_prompt have weights: (words:1.3) with a weight of 0 to 10, (words) for
-    1.1, [words] for 1/1.1, nested if wanted, and BREAK, which begins a new chunk of the text encoder. A
-    backslash before a bracket makes it text. Default false: brackets are text, because prompts that
-    were written for other models have them too. Ignored in models without
+    1.1, [words] for 1/1.1, nested if wanted, and BREAK, which begins a new chunk of the text encoder. At
+    most 32 parts of a prompt may have a weight below 1. A backslash before a bracket makes it text.
+    Default false: brackets are text, because prompts that were written for other models have them too.
+    Job.warning names syntax that is read as text: brackets without a partner, weights that are no
+    numbers, BREAK in models that read one chunk. Ignored in models without
     Model.takes_prompt_weights, and Job.warning says so.
     """
     clip_skip: _builtins.int

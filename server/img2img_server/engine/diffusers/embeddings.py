@@ -22,6 +22,7 @@ from torch import Tensor
 from img2img_server.engine.denoiser import Embeddings
 from img2img_server.engine.diffusers.families.base import Family, LoadedModel
 from img2img_server.engine.diffusers.watched_folder import WatchedFolder, fingerprint_of
+from img2img_server.engine.diffusers.windows import runs_of
 from img2img_server.engine.family import ModelAccessError, ModelError
 from img2img_server.engine.tensor_names import first_names
 from img2img_server.engine.weight_files import read_header
@@ -82,6 +83,8 @@ class EmbeddingSet:
         self._pipeline = model.pipeline
         can_use = isinstance(model.pipeline, TextualInversionLoaderMixin)
         self._encoders = _encoders(model, family) if can_use else {}
+        if self._encoders:
+            model.pipeline.maybe_convert_prompt = all_vectors
         if folder is not None and not self._encoders:
             _log.warning(
                 "embeddings_without_effect: models of the family %s take none", family.name
@@ -193,6 +196,25 @@ class EmbeddingSet:
         raise EmbeddingError(
             f"its vectors have {width} numbers instead of {widths}: it belongs to another family"
         )
+
+
+def all_vectors(prompt: str | list[str], tokenizer: Any) -> str | list[str]:
+    """Returns prompts with the tokens of all vectors of each embedding, by the tokens in them.
+
+    The method of diffusers with this signature looks for the letters of a name, so that it changes
+    longer names with the same beginning, and misses names in capitals.
+    """
+    if not isinstance(prompt, str):
+        return [str(all_vectors(text, tokenizer)) for text in prompt]
+    if not (runs := runs_of(tokenizer)):
+        return prompt
+    coded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    texts, end = [], 0
+    for number, (begin, after) in zip(coded["input_ids"], coded["offset_mapping"], strict=True):
+        if number in runs:
+            texts += [prompt[end:begin], *tokenizer.convert_ids_to_tokens(runs[number])]
+            end = after
+    return " ".join([*texts, prompt[end:]]) if texts else prompt
 
 
 class _Encoder:

@@ -9,12 +9,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from img2img_server.domain.prompt_syntax import Fragment, Sections, parse, plain_text
+from img2img_server.domain.prompt_syntax import (
+    Fragment,
+    Sections,
+    parse,
+    plain_text,
+    without_breaks,
+)
 from img2img_server.engine.base import cut_warning
 from img2img_server.engine.denoiser import Adapter, Conditioning, TextEmbedding, TextInput
 from img2img_server.engine.diffusers.families.base import Family, LoadedModel
 from img2img_server.engine.diffusers.placement import TextEncoderOffload
-from img2img_server.engine.diffusers.windows import max_chunks
+from img2img_server.engine.diffusers.windows import max_chunks, token_places
 from img2img_server.engine.host_copy import to_device
 from img2img_server.engine.options import TextEncoderPlacement
 
@@ -29,11 +35,13 @@ class _Prompt(NamedTuple):
     chunks: int  # in how many chunks it is encoded
     sections: Sections  # the text with its weights
     clip_skip: int = 0  # how many layers of the CLIP encoders are skipped
+    breaks: int = 0  # how many BREAKs have no effect
+    fits: bool = True  # whether the stock pipeline reads all of it
 
     @property
     def is_plain(self) -> bool:
         """Whether the stock pipeline encodes it in the same way."""
-        return self.chunks == 1 and _is_unweighted(self.sections)
+        return self.fits and self.chunks == 1 and _is_unweighted(self.sections)
 
 
 class _Cut(NamedTuple):
@@ -88,14 +96,20 @@ class TextEncoder:
 
     def _prompt(self, text: str, source: TextInput, *, is_negative: bool) -> _Prompt:
         sections: Sections = ((Fragment(text),),)
-        if source.prompt_weights and self._encoders:
+        breaks = 0
+        if source.prompt_weights and self._family.takes_prompt_weights:
             sections = parse(text)
             text = plain_text(sections)
+            if not self._encoders:
+                breaks = len(sections) - 1
+                sections = without_breaks(sections)
         chunks = [min(it.chunks(sections), max_chunks(it.window)) for it in self._encoders]
         # As in the stock pipelines, negative prompts use all layers.
         clip_skip = 0 if is_negative else source.clip_skip
         most = max(chunks, default=1)
-        return _Prompt(text, is_negative, source.adapters, most, sections, clip_skip)
+        # Chunks have no start and end tokens of the text, which the stock pipeline counts.
+        fits = all(it.fits(text) for it in self._encoders)
+        return _Prompt(text, is_negative, source.adapters, most, sections, clip_skip, breaks, fits)
 
     def clear_cache(self) -> None:
         """Drops the encoded prompts."""
@@ -156,16 +170,24 @@ class TextEncoder:
         return self._family.encode_prompts(model, texts, are_negative)
 
     def _warning(self, prompt: _Prompt) -> str:
-        """Returns a sentence about the part of a prompt that no encoder reads, or "" if one encoder
-        reads all of it.
+        """Returns sentences about the part of a prompt that no encoder reads, and about syntax
+        without effect; "" if there is none.
         """
+        name = "negative prompt" if prompt.is_negative else "prompt"
+        found = [self._cut_warning(name, prompt), self._chunk_warning(name, prompt)]
+        if prompt.breaks:
+            found.append(f"BREAK in the {name} has no effect: the model reads it as one chunk.")
+        return " ".join(filter(None, found))
+
+    def _cut_warning(self, name: str, prompt: _Prompt) -> str:
+        """Returns a sentence about the words after the last token that is read."""
+        texts = [text for section in prompt.sections for text, _ in section] or [""]
         cuts = [
-            _cut(tokenizer, prompt.text, self._family.token_limit(tokenizer))
+            _cut(tokenizer, texts, self._family.token_limit(tokenizer))
             for tokenizer in self._tokenizers
         ]
-        name = "negative prompt" if prompt.is_negative else "prompt"
         if not cuts or None in cuts:
-            return self._chunk_warning(name, prompt)
+            return ""
         # Words have no effect if the encoder with the longest window does not read them.
         kept, tokens, rest = min((cut for cut in cuts if cut), key=lambda cut: len(cut.rest))
         return cut_warning(name, kept, tokens, rest)
@@ -207,30 +229,34 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor if tensor.device.type == device.type else to_device(tensor, device)
 
 
-def _cut(tokenizer: Any, text: str, limit: int) -> _Cut | None:
-    """Returns the part of the text that the encoder does not read, or None.
+def _cut(tokenizer: Any, texts: Sequence[str], limit: int) -> _Cut | None:
+    """Returns the part of a prompt that the encoder does not read, or None.
 
     The beginning of a word that is cut in two is read.
 
     Args:
+        texts: The fragments of the prompt, which are encoded one by one.
         limit: How many tokens the encoder reads, special ones included.
     """
     most = limit - tokenizer.num_special_tokens_to_add()
-    fast = tokenizer.is_fast
-    coded = tokenizer(
-        text,
-        add_special_tokens=False,
-        truncation=False,
-        return_offsets_mapping=fast,
-        verbose=False,
-    )
-    ids = coded["input_ids"]
-    if len(ids) <= most:
-        return None
-    if not fast:
-        return _Cut(most, len(ids), tokenizer.decode(ids[most:]))
-    begin = coded["offset_mapping"][most][0]
-    return _Cut(most, len(ids), _whole_words(text, begin))
+    tokens, rest = 0, ""
+    for text in texts:
+        count, unread = _unread(tokenizer, text, max(0, most - tokens))
+        tokens, rest = tokens + count, rest + unread
+    return _Cut(most, tokens, rest) if tokens > most else None
+
+
+def _unread(tokenizer: Any, text: str, read: int) -> tuple[int, str]:
+    """Returns the number of tokens of a text, and its words after the first `read` tokens."""
+    if not tokenizer.is_fast:
+        ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)[
+            "input_ids"
+        ]
+        return len(ids), tokenizer.decode(ids[read:])
+    places = token_places(tokenizer, text)
+    if len(places) <= read:
+        return len(places), ""
+    return len(places), _whole_words(text, places[read] if read else 0)
 
 
 def _whole_words(text: str, begin: int) -> str:
@@ -238,5 +264,6 @@ def _whole_words(text: str, begin: int) -> str:
     rest = text[begin:]
     if begin and not text[begin - 1].isspace() and not rest[:1].isspace():
         # The part begins within a word.
-        return rest.partition(" ")[2].strip() or rest
+        _, *words = rest.split(maxsplit=1)
+        return words[0] if words else rest
     return rest

@@ -2,6 +2,7 @@
 
 compel splits a prompt into chunks, at the end of a sentence where it can. The encoder reads each
 chunk alone, with its own start and end tokens, and the network gets all chunks one after another.
+T5 reads one chunk.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from compel import EmbeddingsProvider, ReturnedEmbeddingsType, SplitLongTextMode
 from compel.embeddings_provider import BaseTextualInversionManager
 from torch import Tensor
 
-from img2img_server.domain.prompt_syntax import Sections
+from img2img_server.domain.prompt_syntax import Fragment, Sections
 from img2img_server.engine.host_copy import to_device
 
 # The most tokens of a prompt that are read: eight windows of CLIP, about 450 words.
@@ -58,6 +59,12 @@ class ClipEncoder:
             found += len(ids) // self.window
         return found
 
+    def fits(self, text: str) -> bool:
+        """Returns whether one window has room for all tokens of a text, also for start and end
+        tokens in it.
+        """
+        return len(token_places(self.tokenizer, text)) <= self.window - SPECIAL_TOKENS
+
     def encode(
         self, sections: Sections, chunks: int, device: torch.device, clip_skip: int = 0
     ) -> Tensor:
@@ -71,12 +78,12 @@ class ClipEncoder:
         """
         provider = self._provider(device, clip_skip)
         encode = provider.get_embeddings_for_weighted_prompt_fragments
-        found = torch.cat(
-            [
-                encode([texts], [weights], device=device)[0]
-                for texts, weights in self._read_part(sections)
-            ]
-        )[: max_chunks(self.window) * self.window]
+        parts: list[Tensor] = []
+        most = max_chunks(self.window) * self.window
+        for texts, weights in self._read_part(sections):
+            if sum(map(len, parts)) < most:
+                parts.append(encode([texts], [weights], device=device)[0])
+        found = torch.cat(parts)[:most]
         missing = chunks - len(found) // self.window
         empty = [provider.empty_z[0].to(found.dtype)] * missing if missing > 0 else []
         return torch.cat([found, *empty])
@@ -123,13 +130,10 @@ class ClipEncoder:
         """
         for token in (self.tokenizer.bos_token, self.tokenizer.eos_token):
             text = text.replace(token, " ")
-        coded = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        places = coded["offset_mapping"]
+        places = token_places(self.tokenizer, text)
         if len(places) <= most:
             return text, len(places)
-        return text[: places[most][0]], most
+        return text[: places[most]], most
 
     def _provider(self, device: torch.device | str, clip_skip: int = 0) -> Any:
         """Returns compel's encoder. It caches the embedding of an empty prompt, which a LoRA may
@@ -151,21 +155,65 @@ class ClipEncoder:
         )
 
 
+def encode_weighted(
+    tokenizer: Any,
+    text_encoder: Any,
+    fragments: Sequence[Fragment],
+    limit: int,
+    device: torch.device,
+) -> Tensor:
+    """Returns the embeddings of a prompt by an encoder that reads one chunk, tokens x width.
+
+    Args:
+        limit: The number of tokens of the chunk, special ones included; later ones are not read.
+    """
+    # compel cannot weight fragments without tokens.
+    read = [it for it in fragments if tokenizer(it.text, add_special_tokens=False)["input_ids"]]
+    provider = EmbeddingsProvider(
+        tokenizer, text_encoder, truncate=True, model_max_length=limit, device=device
+    )
+    found: Tensor = provider.get_embeddings_for_weighted_prompt_fragments(
+        [[text for text, _ in read]], [[weight for _, weight in read]], device=device
+    )[0]
+    return found
+
+
 class _MultiVectorTokens(BaseTextualInversionManager):  # type: ignore[misc]
     """Replaces the token of an embedding of several vectors by the tokens of all of them."""
 
     def __init__(self, tokenizer: Any) -> None:
-        added = tokenizer.added_tokens_encoder
-        self._runs: dict[int, list[int]] = {}
-        for token, number in added.items():
-            run = [number]
-            while (following := added.get(f"{token}_{len(run)}")) is not None:
-                run.append(following)
-            if len(run) > 1:
-                self._runs[number] = run
+        self._runs = runs_of(tokenizer)
 
     def expand_textual_inversion_token_ids_if_necessary(self, token_ids: list[int]) -> list[int]:
         return [each for number in token_ids for each in self._runs.get(number, [number])]
+
+
+def token_places(tokenizer: Any, text: str) -> list[int]:
+    """Returns the place in the text where each of its tokens begins. Each vector of an embedding is
+    a token.
+    """
+    coded = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
+    )
+    runs = runs_of(tokenizer)
+    return [
+        begin
+        for number, (begin, _) in zip(coded["input_ids"], coded["offset_mapping"], strict=True)
+        for _ in runs.get(number, [number])
+    ]
+
+
+def runs_of(tokenizer: Any) -> dict[int, list[int]]:
+    """Returns the tokens of each embedding of several vectors, by the first one."""
+    added = tokenizer.added_tokens_encoder
+    runs: dict[int, list[int]] = {}
+    for token, number in added.items():
+        run = [number]
+        while (following := added.get(f"{token}_{len(run)}")) is not None:
+            run.append(following)
+        if len(run) > 1:
+            runs[number] = run
+    return runs
 
 
 @dataclass(frozen=True, slots=True, eq=False)

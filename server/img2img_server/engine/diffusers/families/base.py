@@ -88,7 +88,8 @@ class Family:
         can_fuse_projections: Whether diffusers computes the same with fused projections.
         default_scheduler: The scheduler of models without one.
         takes_float16: Whether models can run in float16 without overflows.
-        takes_prompt_weights: Whether `clip_encoders` returns encoders.
+        takes_prompt_weights: Whether `encode_chunks` reads weighted prompts: of several sections if
+            `clip_encoders` returns encoders, otherwise of one.
         unbatched_layers: A pattern of the layers whose inputs have not one row for each forward,
             so that rows with different LoRAs for them do not share batches.
         lengths_vary: Whether the network's inputs are as long as the prompts of a batch.
@@ -310,7 +311,7 @@ class Family:
         return self.encode_prompts(model, prompts, [False] * len(prompts))
 
     def clip_encoders(self, model: LoadedModel) -> Sequence[ClipEncoder]:
-        """Returns the text encoders that read long and weighted prompts; empty: none does."""
+        """Returns the text encoders that read prompts in chunks; empty: none does."""
         return ()
 
     def encode_chunks(
@@ -321,7 +322,7 @@ class Family:
         is_negative: bool,
         clip_skip: int = 0,
     ) -> Mapping[str, Tensor]:
-        """Encodes a prompt with `clip_encoders`; returns its tensors by name.
+        """Encodes a prompt that is weighted or has several chunks; returns its tensors by name.
 
         Args:
             sections: The prompt with its weights.

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from img2img_server.domain.models import Guidance, true_cfg_forwards
+from img2img_server.domain.prompt_syntax import plain_text
 from img2img_server.engine.diffusers.families.base import (
     FlowFamily,
     Forward,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from img2img_server.domain.prompt_syntax import Sections
     from img2img_server.engine.denoiser import TextInput
 
 _T5_TOKENS = 512  # longest prompt in tokens, as in the stock pipelines
@@ -104,6 +106,7 @@ class Flux(PackedFamily):
     )
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
     lora_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
+    takes_prompt_weights = True
     num_inference_steps = 28
     guidance_scale = 3.5
 
@@ -149,6 +152,24 @@ class Flux(PackedFamily):
             {"tokens": row.clone(), "pooled": pooled_row.clone()}
             for row, pooled_row in zip(tokens, pooled, strict=True)
         ]
+
+    def encode_chunks(
+        self,
+        model: LoadedModel,
+        sections: Sections,
+        chunks: int,
+        is_negative: bool,
+        clip_skip: int = 0,
+    ) -> Mapping[str, Tensor]:
+        from img2img_server.engine.diffusers.windows import encode_weighted
+
+        parts, (fragments,) = model.pipeline, sections
+        tokenizer = parts.tokenizer_2
+        limit = self.token_limit(tokenizer)
+        tokens = encode_weighted(tokenizer, parts.text_encoder_2, fragments, limit, model.device)
+        # The pooled embedding of CLIP has no weights, as with compel.
+        pooled = parts._get_clip_prompt_embeds([plain_text(sections)], device=model.device)[0]
+        return {"tokens": tokens.to(model.dtype), "pooled": pooled.to(model.dtype)}
 
 
 def predict_packed(
