@@ -104,7 +104,9 @@ def describe_unet(shapes: Shapes, hints: Hints, place: str) -> Checkpoint:
             ignored.
     """
     check_scaled(shapes, place)
-    if f"{UNET}input_blocks.0.0.weight" not in shapes or f"{UNET}out.2.weight" not in shapes:
+    # A ControlNet has no output blocks; a UNet without its last layer is reported as incomplete.
+    has_outputs = any(name.startswith(f"{UNET}output_blocks.") for name in shapes)
+    if f"{UNET}input_blocks.0.0.weight" not in shapes or not has_outputs:
         raise ModelError(f"{place} {_other_kind(shapes)}")
     if "edm_mean" in shapes:
         raise ModelError(
