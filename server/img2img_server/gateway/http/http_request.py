@@ -204,18 +204,13 @@ def find_key(request: Request, body: Mapping[str, Any]) -> str:
     Raises:
         RequestError: BAD_KEY if the body's key is no string.
     """
-    key = _find_key(request, body)
-    request.state.caller = hashlib.blake2s(key.encode(errors="replace"), key=_SALT).hexdigest()[:8]
-    return key
-
-
-def _find_key(request: Request, body: Mapping[str, Any]) -> str:
     in_body = body.get("key")
-    if in_body is None or in_body == "":
-        return header_key(request.headers)
-    if not isinstance(in_body, str):
+    is_text = in_body is None or isinstance(in_body, str)
+    key = (in_body or header_key(request.headers)) if is_text else ""
+    request.state.caller = hashlib.blake2s(key.encode(errors="replace"), key=_SALT).hexdigest()[:8]
+    if not is_text:
         raise RequestError(ErrorKind.BAD_KEY, "key must be a text")
-    return in_body
+    return key
 
 
 def link_base(request: Request, public_base_url: str) -> str:
