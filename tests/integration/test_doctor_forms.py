@@ -1,0 +1,210 @@
+"""`img2img-server doctor` on many broken and some valid forms of models, as people have them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.local_stack import free_port
+from img2img_server.__main__ import main
+from tests.doctor_forms import (
+    additions,
+    catalogues,
+    damaged_files,
+    single_files,
+    valid_forms,
+    wrong_models,
+    wrong_places,
+)
+from tests.doctor_forms.forms import FORMS, Builder, Form, Stock, matches
+
+MODULES = (
+    additions,
+    catalogues,
+    damaged_files,
+    single_files,
+    valid_forms,
+    wrong_models,
+    wrong_places,
+)
+# Of CPU time, which other processes on the machine do not change.
+SECONDS = 10.0
+ANOTHER_USER = 65534
+# Words of the implementation, with which a user can do nothing.
+INTERNAL = r"Traceback|\b\w+(?:Error|Exception)\b|File \"|<class |\bNone\b|\bstate_dict\b"
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Stock:
+    return Stock(tmp_path_factory.mktemp("stock"))
+
+
+@pytest.fixture
+def _settings_only_of_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("IMG2IMG_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("IMG2IMG_WARM_UP_SIZES", "256x256")
+    monkeypatch.setenv("IMG2IMG_DEVICE", "cpu")
+
+
+def test_the_corpus_has_broken_and_valid_forms() -> None:
+    assert sum(form.says is not None for form in FORMS.values()) >= 35
+    assert sum(form.says is None for form in FORMS.values()) >= 6
+    assert {form.build.__module__ for form in FORMS.values()} == {it.__name__ for it in MODULES}
+
+
+@pytest.mark.usefixtures("_settings_only_of_the_test")
+@pytest.mark.parametrize("name", sorted(FORMS))
+def test_doctor_says_what_is_wrong_with_a_form_and_what_to_do(
+    name: str, stock: Stock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = FORMS[name]
+    settings = form.build(Builder(tmp_path, stock))
+    for key, value in settings.items():
+        monkeypatch.setenv(f"IMG2IMG_{key}", str(value))
+    began = time.process_time()
+
+    with _as_another_user(tmp_path) if name.startswith("unreadable") else _as_this_user():
+        result = CliRunner().invoke(main, ["doctor", "--json"])
+
+    seconds = time.process_time() - began
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+    assert "Traceback" not in result.stderr
+    assert seconds < SECONDS
+    assert not (tmp_path / "code-ran").exists()
+    report = json.loads(result.stdout)
+    _check(form, report, result.exit_code)
+
+
+def _check(form: Form, report: Any, status: int) -> None:
+    sentences = list(_sentences(report))
+    shown = "\n".join(sentences)
+    if form.starts is not None:
+        assert (status == 0) == form.starts, shown
+    assert status in (0, 1, 2)
+    if form.says is None:
+        assert _problems(report) == []
+        return
+    assert any(
+        all(matches(pattern, it) for pattern in (*form.says, form.advice))
+        and not re.search(INTERNAL, it)
+        for it in sentences
+    ), f"none has all of {form.says} and an advice:\n{shown}"
+
+
+def _sentences(report: Any) -> Iterator[str]:
+    if isinstance(report, Mapping):
+        for value in report.values():
+            yield from _sentences(value)
+    elif isinstance(report, list):
+        for value in report:
+            yield from _sentences(value)
+    elif isinstance(report, str) and report.count(" ") >= 3:
+        yield report
+
+
+def _problems(report: Any) -> list[str]:
+    if isinstance(report, list):
+        return [it for value in report for it in _problems(value)]
+    if not isinstance(report, Mapping):
+        return []
+    found = []
+    for key, value in report.items():
+        is_problem = re.search("problem|refused|error|unreadable|warning", key) is not None
+        found += [str(value)] if is_problem and value else _problems(value)
+    return found
+
+
+@contextmanager
+def _as_this_user() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _as_another_user(folder: Path) -> Iterator[None]:
+    """Drops the rights of root, who may read everything."""
+    if os.geteuid() != 0:
+        yield
+        return
+    opened = [it for it in folder.parents if it.stat().st_uid == 0 and not it.stat().st_mode & 1]
+    modes = {it: it.stat().st_mode for it in opened}
+    for it in opened:
+        it.chmod(0o755)
+    os.seteuid(ANOTHER_USER)
+    try:
+        if not os.access(sys.executable, os.R_OK, effective_ids=True):
+            pytest.skip("another user may not read the Python installation")
+        yield
+    finally:
+        os.seteuid(0)
+        for it, mode in modes.items():
+            it.chmod(mode)
+
+
+def _process(settings: Mapping[str, Path | str], *words: str) -> subprocess.CompletedProcess[str]:
+    clean = {key: it for key, it in os.environ.items() if not key.startswith(("IMG2IMG", "LC_"))}
+    chosen = {
+        "WARM_UP_SIZES": "256x256",
+        "DEVICE": "cpu",
+        **{key: str(it) for key, it in settings.items()},
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "img2img_server", "doctor", *words],
+        env={
+            **clean,
+            "LC_ALL": "C",
+            "HF_ENDPOINT": f"http://127.0.0.1:{free_port()}",
+            **{f"IMG2IMG_{key}": it for key, it in chosen.items()},
+        },
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+        check=False,
+    )
+
+
+def test_the_command_prints_a_problem_as_text(stock: Stock, tmp_path: Path) -> None:
+    form = FORMS["cut_weights"]
+
+    done = _process(form.build(Builder(tmp_path, stock)))
+
+    lines = [*done.stdout.splitlines(), *done.stderr.splitlines()]
+    assert done.returncode == 1
+    expected = (*(form.says or ()), form.advice)
+    assert any(all(matches(it, line) for it in expected) for line in lines), done.stdout
+    assert not re.search(INTERNAL, done.stdout + done.stderr)
+
+
+def test_the_command_prints_paths_with_other_letters_in_any_locale(
+    stock: Stock, tmp_path: Path
+) -> None:
+    settings = FORMS["spaces_and_other_letters_in_paths"].build(Builder(tmp_path, stock))
+
+    done = _process(settings)
+
+    assert done.returncode == 0, done.stderr
+    assert "naïve style" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_misspelt_relative_path_is_no_model_of_the_hub(tmp_path: Path) -> None:
+    done = _process({"MODEL": "models/dreemy"}, "--json")
+
+    [sentence, *_] = [it for it in _sentences(json.loads(done.stdout)) if "models/dreemy" in it]
+    assert done.returncode in (1, 2)
+    assert matches("folder|directory|file|path", sentence)
+    assert matches("hub", sentence)
+    assert not re.search(INTERNAL, done.stdout + done.stderr)
