@@ -135,7 +135,7 @@ def embedding_of_another_width(builder: Builder) -> Settings:
     return _embeddings(builder)
 
 
-@broken("badhands.safetensors", "SDXL|XL|clip_g|another model", advice=MOVE, starts=True)
+@broken("badhands.safetensors", "SDXL|XL|clip_g|another (model|family)", advice=MOVE, starts=True)
 def embedding_of_sdxl(builder: Builder) -> Settings:
     builder.tensors("words/badhands.safetensors", {"clip_l": (2, 768), "clip_g": (2, 1280)})
     return _embeddings(builder)

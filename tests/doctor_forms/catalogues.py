@@ -62,19 +62,14 @@ def catalogue_with_an_unknown_field(builder: Builder) -> Settings:
     return _toml(builder, ENTRY + 'lora = "loras"\n')
 
 
-@broken("models.toml", "photo", "native_size", advice=CORRECT + "|" + SERVE)
+@broken("models.toml", "photo", "native_size", advice=CORRECT + "|" + advice("be"))
 def catalogue_with_text_for_a_number(builder: Builder) -> Settings:
-    return _toml(builder, ENTRY + '[models.defaults]\nnative_size = "512"\n')
+    return _toml(builder, ENTRY + '[models.defaults]\nnative_size = "big"\n')
 
 
-@broken("models.toml", "photo", "twice|two|same|duplicate", advice=CORRECT + "|" + SERVE)
+@broken("models.toml", "photo", "twice|two|2 models|same|duplicate", advice=CORRECT + "|" + SERVE)
 def catalogue_with_one_name_twice(builder: Builder) -> Settings:
     return _toml(builder, ENTRY + ENTRY)
-
-
-@broken("models.toml", "source", advice=CORRECT + "|" + SERVE + "|" + advice("add"))
-def catalogue_without_a_source(builder: Builder) -> Settings:
-    return _toml(builder, '[[models]]\nname = "photo"\n')
 
 
 @broken("photo", "missing.safetensors", advice=CORRECT + "|" + SERVE)

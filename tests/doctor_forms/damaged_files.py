@@ -38,7 +38,11 @@ def lfs_pointer_of_weights(builder: Builder) -> Settings:
     return {"MODEL": model}
 
 
-@broken("tokenizer/vocab.json", "lfs", advice=advice("git lfs pull", "download", "fetch", "run"))
+@broken(
+    r"tokenizer/(vocab|tokenizer)\.json",
+    "lfs",
+    advice=advice("git lfs pull", "download", "fetch", "run"),
+)
 def lfs_pointer_of_a_vocabulary(builder: Builder) -> Settings:
     model = builder.sd()
     for file in (model / "tokenizer").glob("*.json"):
@@ -152,7 +156,7 @@ def _shards(builder: Builder) -> Path:
     return model
 
 
-@broken("diffusion_pytorch_model-00002-of-0000", "missing|no such|not there|lacks", advice=AGAIN)
+@broken("diffusion_pytorch_model-00002-of-000", "missing|no such|not there|lacks", advice=AGAIN)
 def missing_shard(builder: Builder) -> Settings:
     model = _shards(builder)
     next((model / "unet").glob("*-00002-of-*")).unlink()
@@ -173,7 +177,7 @@ def cut_index(builder: Builder) -> Settings:
     return {"MODEL": model}
 
 
-@broken("unet/diffusion_pytorch_model-00001-of-0000", advice=AGAIN)
+@broken("unet/diffusion_pytorch_model-00001-of-000", advice=AGAIN)
 def shard_of_another_download(builder: Builder) -> Settings:
     model = _shards(builder)
     first, second = sorted((model / "unet").glob("*.safetensors"))[:2]
@@ -300,7 +304,7 @@ def named_pipe_instead_of_weights(builder: Builder) -> Settings:
     return {"MODEL": model}
 
 
-@broken(UNET, "not named|of another model|has no|lacks|missing|does not", advice=AGAIN)
+@broken(UNET, "not named|of another model|has no|lack|missing|does not", advice=AGAIN)
 def weights_that_are_one_unnamed_tensor(builder: Builder) -> Settings:
     model = builder.sd()
     whole = torch.cat([it.flatten() for it in load_file(model / UNET).values()])

@@ -45,7 +45,7 @@ AGAIN = advice("download", "fetch", "copy", "replace", "restore", "run", "pull",
 CORRECT = advice("correct", "fix", "remove", "write", "save", "replace", "edit", "change", "store")
 SERVE = advice("use", "serve", "choose", "set", "name", "give", "take", "put", "download", "fetch")
 UNPACK = advice("unpack", "extract", "unzip")
-ALLOW = advice("chmod", "chown", "allow", "grant", "give", "let", "make", "change")
+ALLOW = advice("correct", "chmod", "chown", "allow", "grant", "give", "let", "make", "change")
 
 
 @dataclass(frozen=True, slots=True)
