@@ -17,7 +17,7 @@ from img2img_server.api.keys import load_keys
 from img2img_server.api.stream_tokens import parse_keys
 from img2img_server.certificates import pair_faults, trusted_fault
 from img2img_server.engine.catalogue import read_catalogue
-from img2img_server.engine.family import ModelError
+from img2img_server.engine.family import ModelError, access_cure
 from img2img_server.engine.model_spec import ModelDefaults, read_model_spec, size_faults
 from img2img_server.nats.access import NatsAccess
 from img2img_server.outbound.policy import OutboundPolicy
@@ -232,8 +232,13 @@ _MODEL_FOLDERS: Final = ("lora_dir", "embeddings_dir", "vae_dir")
 def _folder_fault(path: Path) -> str:
     try:
         os.scandir(path).close()
+    except NotADirectoryError:
+        return f"{path} is a file, but must be a folder: name the folder that has the file"
+    except PermissionError as error:
+        return f"folder {path} cannot be read: {error.strerror}: correct its permissions"
     except OSError as error:
-        return f"folder {path} cannot be read: {error.strerror or error}"
+        why = error.strerror or error
+        return f"folder {path} cannot be read: {why}: create it, or correct the path"
     return ""
 
 
@@ -282,7 +287,9 @@ def _model(checks: _Checks) -> None:
         checks.add("model", str(error))
         return
     except OSError as error:
-        checks.add("model", f"{error.filename} cannot be read: {error.strerror}")
+        checks.add(
+            "model", f"{error.filename} cannot be read: {error.strerror}{access_cure(error)}"
+        )
         return
     for fault in size_faults(settings.warm_up_sizes, spec, settings.max_side_pixels):
         checks.add("warm_up_sizes", fault)

@@ -311,7 +311,7 @@ def test_a_file_that_arrives_while_the_engine_runs_is_offered(
     assert (before, engine.model.loras) == ((), ("ink",))
     ((name, reason),) = engine.model.refused_loras
     assert name == "foreign"
-    assert reason.startswith("it is no readable .safetensors file")
+    assert reason.startswith("it is an HTML or XML page instead of the weights")
     assert difference(image, written.expected(wanted)) <= BOUND
 
 

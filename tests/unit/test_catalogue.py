@@ -86,22 +86,25 @@ def test_an_entry_without_a_name_has_the_name_of_its_model(tmp_path: Path) -> No
     [
         (
             "",
-            "IMG2IMG_MODELS_FILE: FOLDER/models.toml must have [[models]] with at least one model",
+            "IMG2IMG_MODELS_FILE: FOLDER/models.toml must have [[models]] with at least one model: "
+            "add one",
         ),
         (
             "models = []",
-            "IMG2IMG_MODELS_FILE: FOLDER/models.toml must have [[models]] with at least one model",
+            "IMG2IMG_MODELS_FILE: FOLDER/models.toml must have [[models]] with at least one model: "
+            "add one",
         ),
         (
             "[models]\nname = 'a'",
-            "IMG2IMG_MODELS_FILE: FOLDER/models.toml must have [[models]] with at least one model",
+            "IMG2IMG_MODELS_FILE: FOLDER/models.toml must have [[models]] with at least one model: "
+            "add one",
         ),
         (
             "[[models]]\nname = 'a'\n[[models]]\nname = 'b'\nstrenght = 1",
             "FOLDER/models.toml: entry b: strenght: there is no such field; there are name, "
             "source, base, defaults, lora_dir, lora_s3_prefix, embeddings_dir, vae_dir, dtype, "
             "max_batch_size, warm_up_sizes, quantization, gguf_file, tiny_vae, compile, "
-            "text_encoder_placement",
+            "text_encoder_placement: correct it",
         ),
         (
             "[[models]]\nname = 'a'\n[models.defaults]\nstrength = 2",
@@ -207,7 +210,7 @@ def test_a_folder_that_is_missing_is_an_error_of_the_start(tmp_path: Path) -> No
     found = mistakes_of("doctor", catalogue(tmp_path, text))
     assert [mistake.replace(str(tmp_path), "FOLDER") for mistake in found] == [
         "FOLDER/models.toml: entry b: base: folder FOLDER/gone cannot be read: "
-        "No such file or directory",
+        "No such file or directory: create it, or correct the path",
         "FOLDER/models.toml: entry b: lora_dir: folder FOLDER/none cannot be read: "
-        "No such file or directory",
+        "No such file or directory: create it, or correct the path",
     ]

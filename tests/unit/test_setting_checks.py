@@ -631,7 +631,8 @@ def test_a_model_that_looks_like_a_path_is_not_taken_for_a_hub_id(
     give: Callable[..., None], source: str
 ) -> None:
     give(model=source)
-    assert refused("worker") == [f"IMG2IMG_MODEL: there is no model at {source}"]
+    (mistake,) = refused("worker")
+    assert mistake.startswith(f"IMG2IMG_MODEL: there is no model at {source}: ")
 
 
 def test_a_wrong_dtype_does_not_hide_a_device_that_is_not_there(give: Callable[..., None]) -> None:
@@ -666,7 +667,8 @@ def test_a_link_that_leads_nowhere_is_reported(give: Callable[..., None], tmp_pa
     assert refused("worker") == [
         f"IMG2IMG_MODEL: {link} is a link to {tmp_path}/none, which does not exist: "
         "correct the link",
-        f"IMG2IMG_LORA_DIR: folder {link} cannot be read: No such file or directory",
+        f"IMG2IMG_LORA_DIR: folder {link} cannot be read: No such file or directory: create it, or "
+        "correct the path",
         f"IMG2IMG_COMPILE_CACHE_DIR: folder {link} is not writable: No such file or directory",
     ]
 

@@ -173,12 +173,21 @@ def _read(path: Path) -> _Catalogue:
     try:
         text = read_text(path)
     except OSError as error:
-        raise _mistake(path, f"cannot be read: {error.strerror or error}") from error
+        if path.is_dir():
+            fault = "is a folder: name the file of the catalogue"
+        elif path.is_file():
+            fault = f"cannot be read: {error.strerror or error}: save it as text in UTF-8"
+        else:
+            fault = f"cannot be read: {error.strerror or error}: correct the path"
+        raise _mistake(path, fault) from error
     try:
         content: Any = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except ValueError as error:
         form = "JSON" if path.suffix == ".json" else "TOML"
-        raise _mistake(path, f"is no {form}: {error}") from error
+        cure = "correct this place"
+        if path.suffix not in (".json", ".toml"):
+            cure += ", or write a file with the suffix .toml or .json"
+        raise _mistake(path, f"is no {form}: {error}: {cure}") from error
     try:
         return _Catalogue.model_validate(content)
     except ValidationError as error:
@@ -195,7 +204,7 @@ def _mistake(path: Path, fault: str) -> SettingsError:
 def _fault(path: Path, content: Any, place: tuple[int | str, ...], fault: str) -> str:
     """Returns a sentence for an error of pydantic that names the entry and its field."""
     if len(place) < 2 or not isinstance(place[1], int):
-        return f"{variable(_SETTING)}: {path} must have [[models]] with at least one model"
+        return f"{variable(_SETTING)}: {path} must have [[models]] with at least one model: add one"
     entry = content["models"][place[1]]
     name = entry.get("name", "") if isinstance(entry, dict) else ""
     where = f"{path}: entry {name or place[1] + 1}"
@@ -208,7 +217,7 @@ def _sentence(fault: ErrorDetails) -> str:
     """Returns an error of pydantic in the words of the errors of settings."""
     if fault["type"] == "extra_forbidden":
         model = _Defaults if "defaults" in fault["loc"] else _Entry
-        return f"there is no such field; there are {', '.join(model.model_fields)}"
+        return f"there is no such field; there are {', '.join(model.model_fields)}: correct it"
     message = re.sub("^(Input|String|Value) should", "must", fault["msg"])
     return message.removeprefix("Value error, ").partition(", unable to")[0]
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from img2img_server.engine.family import DISTILLED, ModelError, ModelFiles
+from img2img_server.engine.file_kinds import kind_of_tensors
 from img2img_server.engine.tensor_names import DENOISER, HARMLESS_IN_CHECKPOINT, first_names
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -38,17 +39,11 @@ _SD_BETAS: Final[Mapping[str, Any]] = {
 }
 _HEAD_WIDTH: Final = 64
 _OPEN_CLIP_LAYERS: Final = 24  # of the text encoder of Stable Diffusion 2.x
-# CLIP, T5 and language models in the layout of transformers
-_TEXT_ENCODER: Final = re.compile(
-    r"(text_model|encoder\.block|encoder\.final_layer_norm|shared|model\.(layers|embed_tokens|norm))\."
-    r"|logit_scale$|text_projection|encoder\.embed_tokens\."
-)
 _COMFY_TEXTS: Final = "text_encoders."
 _SCALED: Final = re.compile(
     r"(^|\.)(scaled_fp8|scale_weight|weight_scale|comfy_quant|absmax|nested_absmax|quant_map)$"
     r"|\.quant_state\."
 )
-_CONTROL: Final = re.compile(r"^(control_model\.|controlnet_)|(^|\.)input_hint_block\.")
 _ORIGINAL_TURBO: Final = re.compile(r"sd[_-]?(xl[_-])?turbo")
 
 
@@ -107,7 +102,11 @@ def describe_unet(shapes: Shapes, hints: Hints, place: str) -> Checkpoint:
     # A ControlNet has no output blocks; a UNet without its last layer is reported as incomplete.
     has_outputs = any(name.startswith(f"{UNET}output_blocks.") for name in shapes)
     if f"{UNET}input_blocks.0.0.weight" not in shapes or not has_outputs:
-        raise ModelError(f"{place} {_other_kind(shapes)}")
+        unknown = (
+            "is no checkpoint of a layout that is known here, by its tensors "
+            f"{first_names(shapes)}: use a directory in diffusers' layout"
+        )
+        raise ModelError(f"{place} {kind_of_tensors(shapes.keys()) or unknown}")
     if "edm_mean" in shapes:
         raise ModelError(
             f"{place} is an EDM model (Playground 2.5) in a single file, which is not served: use "
@@ -144,7 +143,7 @@ def check_known(shapes: Shapes, found: Checkpoint, place: str) -> None:
     if unknown:
         raise ModelError(
             f"{place} has tensors that are of no part of its model and would be ignored: "
-            f"{first_names(unknown)}"
+            f"{first_names(unknown)}. Use a file without them"
         )
 
 
@@ -157,27 +156,6 @@ def check_scaled(shapes: Shapes, place: str) -> None:
             f"{place} has weights in 8 or 4 bits with factors ({scaled[0]}), which are not "
             "read: use the file in fp16 or bf16, and IMG2IMG_QUANTIZATION for 8 bits in memory"
         )
-
-
-def _other_kind(shapes: Shapes) -> str:
-    """Returns what a file is that is no checkpoint of a known layout."""
-    if any("lora" in name.lower() for name in shapes):
-        return "is a LoRA, not a model: put it into IMG2IMG_LORA_DIR"
-    if any(_CONTROL.search(name) for name in shapes):
-        return "is a ControlNet, which is not served: name the model that it belongs to"
-    if all(
-        re.match(r"(first_stage_model\.|vae\.)?(encoder|decoder)\.|.*quant_conv", it)
-        for it in shapes
-    ):
-        return "holds an autoencoder only: name a model, which holds one, too"
-    if any(name.startswith(("emb_params", "string_to_param", "clip_l")) for name in shapes):
-        return "is a textual inversion embedding, not a model: put it into IMG2IMG_EMBEDDINGS_DIR"
-    if all(_TEXT_ENCODER.match(name) for name in shapes):
-        return "holds a text encoder only: name a model, which holds one, too"
-    return (
-        "is no checkpoint of a layout that is known here, by its tensors "
-        f"{first_names(shapes)}: use a directory in diffusers' layout"
-    )
 
 
 def _stable_diffusion(shapes: Shapes, hints: Hints) -> Checkpoint:

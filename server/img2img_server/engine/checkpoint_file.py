@@ -17,6 +17,7 @@ from img2img_server.engine.checkpoint import (
 )
 from img2img_server.engine.checkpoint_flow import describe_flow
 from img2img_server.engine.family import ModelError
+from img2img_server.engine.file_kinds import format_of
 from img2img_server.engine.tensor_names import DENOISER, first_names, full_name
 from img2img_server.engine.weight_files import (
     PICKLES,
@@ -49,17 +50,30 @@ def read_checkpoint(path: Path, *, allow_pickles: bool = False) -> Checkpoint:
             "base model with IMG2IMG_MODEL"
         )
     else:
-        check_kind(path)
-        raise ModelError(
-            f"{path} is no model: a model is a directory in diffusers' layout or a file with the "
-            "suffix .safetensors"
-        )
+        raise ModelError(f"{path} {_fault_of_other(path)}")
     hints = Hints.of(path.stem, metadata, _prediction_type(toml_of(path)))
     with complete(str(path)):
         if (found := describe_flow(shapes, hints, str(path))) is None:
             return describe_unet(shapes, hints, str(path))
     check_known(shapes, found, str(path))
     return found
+
+
+def _fault_of_other(path: Path) -> str:
+    """Returns the end of a sentence about a file that has not the name of a checkpoint."""
+    if path.name == "model_index.json":
+        return f"is the index of a model: name its folder, {path.parent}"
+    check_kind(path)
+    try:
+        read_header(path)
+    except ModelError:
+        form = format_of([path.name])
+        made = f", but a file in the format of {form}" if form else ""
+        return (
+            f"is no model{made}: a model is a directory in diffusers' layout or a file with the "
+            "suffix .safetensors: name one of these"
+        )
+    return f"is a safetensors file by its content: rename it to {path.stem}.safetensors"
 
 
 def _prediction_type(toml: Path) -> str:

@@ -7,6 +7,7 @@ and the memory model do not know families: they see ModelSpec and Denoiser.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -17,8 +18,9 @@ from typing import Any, Final, Protocol
 
 from img2img_server.domain.models import Guidance, ModelKind
 from img2img_server.domain.strength import StrengthRule
+from img2img_server.engine.file_kinds import fault_of_content
 from img2img_server.errors import OperatorError
-from img2img_server.setting_files import read_text
+from img2img_server.setting_files import read_bytes, read_text
 from img2img_server.setting_names import variable
 
 # Names of models of Stable Diffusion that are distilled to few steps, in lower case. The library
@@ -223,10 +225,19 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         is_damaged = isinstance(error.__cause__, UnicodeDecodeError)
         kind = ModelError if is_damaged else ModelAccessError
-        cure = ": fetch the file again" if is_damaged else access_cure(error)
+        cure = ": fetch the file again, or save it as UTF-8" if is_damaged else access_cure(error)
         raise kind(f"{path} cannot be read: {error.strerror}{cure}") from error
     except ValueError as error:
-        raise ModelError(f"{path} is no JSON: {error}: fetch the file again") from error
+        fault = fault_of_content(read_bytes(path)[:256], "configuration")
+        if not fault:
+            fault = f"is no JSON: {error}: correct this place, or fetch the file again"
+        raise ModelError(f"{path} {fault}") from error
+    with path.open("rb") as file:
+        if file.read(3) == codecs.BOM_UTF8:
+            raise ModelError(
+                f"{path} begins with a byte order mark, which diffusers does not read: save it as "
+                "UTF-8 without it"
+            )
     if not isinstance(found, dict):
         raise ModelError(f"{path} is no JSON object: fetch the file again")
     return found

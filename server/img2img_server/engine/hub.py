@@ -284,7 +284,8 @@ def explain_hub(hub_id: HubId, error: Exception) -> ModelError:
     if isinstance(error, httpx2.TransportError):
         return _AwayError(
             f"{hub_id} cannot be downloaded: no connection to {endpoint} ({_line(error)}): check "
-            "the network, HF_ENDPOINT and the proxy variables"
+            "the network, HF_ENDPOINT and the proxy variables. No folder here has this name, so "
+            "the hub was asked"
         )
     if isinstance(error, OSError) and error.errno:
         return ModelError(f"{hub_id} cannot be stored: {error.strerror} ({error.filename})")

@@ -25,6 +25,7 @@ can be NAME.toml. Every entry has a default:
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from dataclasses import dataclass, fields
 from importlib import resources
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Literal, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from img2img_server.domain.hub_id import HubId
 from img2img_server.domain.models import Guidance, ModelInfo, ModelKind
@@ -41,12 +43,8 @@ from img2img_server.domain.strength import StrengthRule
 from img2img_server.engine.checkpoint_file import read_checkpoint, toml_of
 from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS
-from img2img_server.engine.family import (
-    ModelError,
-    ModelFamily,
-    ModelFiles,
-    read_json,
-)
+from img2img_server.engine.family import ModelError, ModelFamily, ModelFiles
+from img2img_server.engine.model_paths import INDEX, fault_of_path, hint_of_folder
 from img2img_server.engine.options import sizes
 from img2img_server.engine.weight_files import PICKLES, refuse_pickle
 from img2img_server.setting_files import read_text
@@ -247,48 +245,26 @@ def read_model_spec(
         if folder.is_file():
             return _single_file(folder, found, defaults)
         if folder.exists():
-            raise ModelError(f"{folder} is no directory and no file")
+            raise ModelError(
+                f"{folder} is no directory and no file: name the folder or the file of a model"
+            )
         if folder.is_symlink():
             raise ModelError(
                 f"{folder} is a link to {folder.readlink()}, which does not exist: correct the link"
             )
         hub_id = HubId.parse(source)
         if hub_id is None:
-            raise ModelError(f"there is no model at {source or folder}")
+            raise ModelError(f"there is no model at {fault_of_path(source or str(folder))}")
         if found is None:
             return ModelSpec(source=source, name=defaults.model_name or hub_id.repo)
         toml = defaults.over(_read_toml(found.path / "img2img.toml"))
         return _spec(source, hub_id.repo, toml, found.files, defaults)
     if not (folder / "model_index.json").is_file():
         raise ModelError(
-            f"{folder} is no diffusers model: it has no model_index.json{_hint(folder)}"
+            f"{folder} is no diffusers model: it has no {INDEX}{hint_of_folder(folder)}"
         )
     toml = defaults.over(_read_toml(folder / "img2img.toml"))
     return _spec(str(folder), folder.resolve().name, toml, ModelFiles.read(folder), defaults)
-
-
-def _hint(folder: Path) -> str:
-    """Returns what to name in place of a folder that is no model, as the end of a sentence."""
-    try:
-        names = sorted(path.name for path in folder.iterdir())
-    except OSError as error:
-        return f" that can be read ({error.strerror}): correct its permissions"
-    if not names:
-        return ": it is empty, so fetch the model into it"
-    models = [name for name in names if (folder / name / "model_index.json").is_file()]
-    if models:
-        return f", but its subfolder {models[0]} has one: name {folder / models[0]}"
-    if (folder.parent / "model_index.json").is_file():
-        return f": it is a part of a model: name {folder.parent}"
-    if "pytorch_lora_weights.safetensors" in names:
-        return ": it holds a LoRA, whose file belongs into IMG2IMG_LORA_DIR"
-    if "config.json" in names:
-        kind = read_json(folder / "config.json").get("_class_name") or "one network"
-        return f": it holds {kind} only: name a folder with all parts of a model"
-    files = [name for name in names if name.endswith(".safetensors")]
-    if files:
-        return f": to serve a single file, name it, for example {folder / files[0]}"
-    return ": name the folder that has this file, or fetch the model again"
 
 
 def _single_file(path: Path, found: FoundModel | None, defaults: ModelDefaults) -> ModelSpec:
@@ -310,7 +286,9 @@ def _spec(
     if chosen and chosen not in offered:
         known = ", ".join(offered)
         setting = "default_scheduler" if defaults.default_scheduler else "model"
-        raise ModelError(f"scheduler {chosen!r} of {source} is not one of {known}", setting)
+        raise ModelError(
+            f"scheduler {chosen!r} of {source} is not one of {known}: use one of these", setting
+        )
     try:
         traits = family.traits(files, chosen)
     except ModelError as error:
@@ -347,12 +325,23 @@ def _read_toml(path: Path) -> _File:
     try:
         return _File.model_validate(tomllib.loads(read_text(path)))
     except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+        raise ModelError(
+            f"{path} cannot be read: {error.strerror}: correct or remove it"
+        ) from error
     except tomllib.TOMLDecodeError as error:
-        raise ModelError(f"{path} is no TOML: {error}") from error
+        raise ModelError(f"{path} is no TOML: {error}: correct this line") from error
     except ValidationError as error:
         faults = (
-            f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}"
+            f"{'.'.join(str(part) for part in fault['loc'])}: {_sentence(fault)}"
             for fault in error.errors(include_input=False, include_url=False)
         )
-        raise ModelError(f"{path}: {'; '.join(faults)}") from error
+        raise ModelError(f"{path}: {'; '.join(faults)}: correct the file") from error
+
+
+def _sentence(fault: ErrorDetails) -> str:
+    """Returns an error of pydantic in the words of the errors of settings."""
+    if fault["type"] == "extra_forbidden":
+        place = fault["loc"][:-1]
+        part = _File.model_fields[str(place[0])].annotation if place else _File
+        return f"there is no such entry; there are {', '.join(getattr(part, 'model_fields', ()))}"
+    return re.sub("^(Input|String|Value) should", "must", fault["msg"])

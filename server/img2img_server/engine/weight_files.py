@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from img2img_server.engine.family import ModelAccessError, ModelError, access_cure, read_json
+from img2img_server.engine.file_kinds import AGAIN, fault_of_content, other_formats
+from img2img_server.engine.tensor_names import first_names
 
 # Names of weight files in the layouts of diffusers and of transformers. A variant, which names a
 # precision, is written before or after the number of a shard.
@@ -25,9 +28,10 @@ _INDEX: Final = re.compile(
 # The first of these variants that exists is loaded. Other variants come after them by name.
 _VARIANTS: Final = ("", "fp32", "fp16", "bf16")
 _LAST_VARIANTS: Final = ("ema", "non_ema")
+# Tensors that an index may list although they are copies of others, or calculated.
+_SHARED: Final = re.compile(r"(^|\.)(embed_tokens|shared|lm_head|position_ids)(\.|$)")
 _MAX_HEADER_BYTES: Final = 100_000_000  # the limit of the safetensors library
 PICKLES: Final = (".ckpt", ".bin", ".pt", ".pth")
-AGAIN: Final = "fetch the file again"
 # zip, gzip, xz, 7z, rar and zstd
 _ARCHIVES: Final = (
     b"PK\x03\x04",
@@ -121,14 +125,16 @@ def weights_of(folder: Path, *, allow_pickles: bool = False) -> WeightSet:
     Raises:
         ModelError: A file is missing, cut off or of another kind.
     """
-    if not folder.is_dir():
-        raise ModelError(f"the model has no folder {folder}, which it needs: fetch its files again")
-    names = [path.name for path in folder.iterdir()]
+    check_folder(folder, "it")
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError as error:
+        raise ModelAccessError(
+            f"{folder} cannot be read: {error.strerror}{access_cure(error)}"
+        ) from error
     chosen = choose_weights(names)
     if chosen is None:
-        others = sorted(name for name in names if name.endswith((".safetensors", *PICKLES)))
-        have = f", only {', '.join(others)}, whose names are not known" if others else ""
-        raise ModelError(f"{folder} has no weights{have}: fetch the files of this folder again")
+        raise ModelError(f"{folder} has no weights{_other_weights(folder, names)}")
     if chosen.is_pickle:
         refuse_pickle(folder / chosen.files[0], allow_pickles)
     if chosen.shard_count:
@@ -140,6 +146,41 @@ def weights_of(folder: Path, *, allow_pickles: bool = False) -> WeightSet:
         for name in chosen.files:
             _check_kind(folder / name, _head(folder / name))
     return chosen
+
+
+def check_folder(folder: Path, needed_by: str) -> None:
+    """Raises ModelError if the folder of a part is missing."""
+    if folder.is_dir():
+        return
+    reason, again = f"the model has no folder {folder}, which {needed_by} needs", "fetch its files"
+    if folder.is_symlink():
+        raise ModelError(f"{reason}: it is a link without a target: correct the link, or {again}")
+    if folder.exists():
+        raise ModelError(f"{reason}: it is a file instead of a folder: remove it, and {again}")
+    try:
+        names = [path.name for path in folder.parent.iterdir()]
+    except OSError:
+        names = []
+    for name in names:
+        if name.lower() == folder.name.lower():
+            raise ModelError(f"{reason}: rename the folder {name} to {folder.name}")
+    raise ModelError(f"{reason}: {again} again")
+
+
+def _other_weights(folder: Path, names: Collection[str]) -> str:
+    """Returns the end of a sentence about a folder without weights: what it has instead."""
+    others = sorted(name for name in names if name.endswith((".safetensors", *PICKLES)))
+    if hint := other_formats(folder, [name for name in names if name not in others]):
+        return f" that are read: {hint}"
+    if others:
+        return (
+            f", only {', '.join(others)}, whose names are not known: rename the file to "
+            "diffusion_pytorch_model.safetensors or, for a text encoder, model.safetensors, or "
+            "fetch the files of this folder again"
+        )
+    if (folder / folder.name).is_dir():
+        return f": move the files of {folder / folder.name} one folder up"
+    return ": fetch the files of this folder again"
 
 
 def refuse_pickle(path: Path, is_allowed: bool) -> None:
@@ -164,6 +205,16 @@ def _check_shards(folder: Path, chosen: WeightSet) -> None:
         raise ModelError(
             f"{folder} lacks {', '.join(map(str, missing))}, which {chosen.index} lists: {AGAIN}"
         )
+    if chosen.is_pickle:
+        return
+    held = {key for name in chosen.files for key in read_header(folder / name)}
+    for name in chosen.files:
+        gone = [key for key, shard in listed.items() if shard == name and key not in held]
+        if gone := [key for key in gone if not _SHARED.search(key)]:
+            raise ModelError(
+                f"{folder / name} lacks {first_names(gone)}, which {chosen.index} lists in it: "
+                f"it is of another download: {AGAIN}"
+            )
 
 
 def _index_name(chosen: WeightSet) -> str:
@@ -229,6 +280,13 @@ def check_kind(path: Path) -> None:
 
 def _head(path: Path) -> bytes:
     try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise ModelError(f"{path} is a folder instead of a file: remove it, and {AGAIN}")
+        if not stat.S_ISREG(mode):  # Opening a pipe may wait for ever.
+            raise ModelError(
+                f"{path} is a pipe, a socket or a device, not a file: remove it, and {AGAIN}"
+            )
         with path.open("rb") as file:
             return file.read(256)
     except OSError as error:
@@ -244,16 +302,8 @@ def _head(path: Path) -> bytes:
 
 def _check_kind(path: Path, head: bytes) -> None:
     """Raises ModelError for a file that is something else than weights."""
-    if not head:
-        raise ModelError(f"{path} is empty: {AGAIN}")
-    if head.startswith(b"version https://git-lfs"):
-        raise ModelError(
-            f"{path} is a pointer of Git LFS instead of the weights: run `git lfs pull` in its "
-            f"repository, or {AGAIN}"
-        )
-    text = head.lstrip().lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise ModelError(f"{path} is an HTML or XML page instead of the weights: {AGAIN}")
+    if fault := fault_of_content(head, "weights"):
+        raise ModelError(f"{path} {fault}")
     is_archive = head.startswith(_ARCHIVES)
     # torch writes pickles into a zip archive.
     is_pickle = head.startswith(b"\x80\x02") or (is_archive and b"data.pkl" in head)

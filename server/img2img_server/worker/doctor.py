@@ -10,12 +10,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from img2img_server.engine.catalogue import read_catalogue
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.options import EngineOptions, limit_spinning, sizes
 from img2img_server.engine.tensor_names import IGNORED, first_names
+from img2img_server.engine.weight_files import choose_weights
 from img2img_server.exit_reason import reasons_of
 from img2img_server.settings import Settings
 from img2img_server.worker.load_errors import explain_load_error
@@ -173,15 +175,31 @@ def _examine(options: EngineOptions, report: Report) -> None:
                     warm_up(engine, spec, size)
             except ModelError as error:
                 if broken := denoiser.weights_not_finite():
+                    files = sorted({_file_of(name, spec.source, options) for name in broken})
                     raise ModelError(
-                        f"{spec.source} has weights that are not finite ({first_names(broken)}): "
-                        "fetch the files again"
+                        f"{', '.join(files)} has weights that are not finite "
+                        f"({first_names(broken)}): fetch the file again, or use another one"
                     ) from error
                 raise
             report.sizes[size] = time.monotonic() - began
             report.peaks[size] = meter.peak
     finally:
         engine.stop()
+
+
+def _file_of(weight: str, source: str, options: EngineOptions) -> str:
+    """Returns the file of a weight that is named PART: NAME, or its folder or model if the file is
+    not known.
+    """
+    part = weight.partition(":")[0]
+    folder = Path(source) / part
+    if part == "vae" and options.vae_dir is not None:
+        folder = options.vae_dir
+        folder = folder if (folder / "config.json").is_file() else folder / part
+    if not folder.is_dir():
+        return source
+    chosen = choose_weights([it.name for it in folder.iterdir()])
+    return str(folder / (chosen.index or chosen.files[0])) if chosen else str(folder)
 
 
 @contextmanager

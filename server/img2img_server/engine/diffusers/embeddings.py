@@ -24,6 +24,7 @@ from img2img_server.engine.diffusers.families.base import Family, LoadedModel
 from img2img_server.engine.diffusers.watched_folder import WatchedFolder, fingerprint_of
 from img2img_server.engine.diffusers.windows import runs_of
 from img2img_server.engine.family import ModelAccessError, ModelError
+from img2img_server.engine.file_kinds import kind_of_addition
 from img2img_server.engine.tensor_names import first_names
 from img2img_server.engine.weight_files import read_header
 
@@ -35,6 +36,7 @@ _ENCODERS: Final[Mapping[str, str | None]] = {
     "clip_g": "text_encoder_2",
 }
 
+_ADVICE: Final = ". Replace the file, or remove it from the folder"
 _MAX_BYTES: Final = 2**26  # 75 vectors of two encoders need about a megabyte.
 
 _log = logging.getLogger(__name__)
@@ -155,7 +157,9 @@ class EmbeddingSet:
         except Exception as error:  # One foreign file must not stop the others.
             is_known = isinstance(error, (EmbeddingError, ModelError))
             why = str(error).removeprefix(f"{file} ")
-            _log.warning("embedding_refused: %s: %s", file.name, why, exc_info=not is_known)
+            _log.warning(
+                "embedding_refused: %s: %s%s", file.name, why, _ADVICE, exc_info=not is_known
+            )
             return None
         _log.info("embedding_offered: %s has the token %s", file.name, found.token)
         return found
@@ -171,8 +175,10 @@ class EmbeddingSet:
         elif len(names) == 1:
             (token,) = names
         else:
+            kind = kind_of_addition(names)
             raise EmbeddingError(
                 f"it is no textual inversion embedding, by its tensors {first_names(names)}"
+                f"{f': it {kind}' if kind else ''}"
             )
         if (size := file.stat().st_size) > _MAX_BYTES:
             raise EmbeddingError(f"it has {size} bytes, more than the {_MAX_BYTES} that are read")

@@ -22,7 +22,7 @@ from img2img_server.engine.diffusers.local_model import LocalModel
 from img2img_server.engine.diffusers.parts import load_part, load_parts
 from img2img_server.engine.diffusers.placement import log_parts, modules, place
 from img2img_server.engine.diffusers.single_file import load_single_file
-from img2img_server.engine.family import ModelError, ModelFiles, about_setting
+from img2img_server.engine.family import ModelError, ModelFiles, about_setting, read_json
 from img2img_server.engine.options import Compile, ModelOptions, Quantization, TinyVaeUse
 from img2img_server.extras import install_command
 
@@ -135,7 +135,11 @@ def _own_vae(folder: Path, files: ModelFiles, dtype: torch.dtype, allow_pickles:
     if (folder / "config.json").is_file():
         folder, name = folder.parent, folder.name
     elif not (folder / name).is_dir():
-        raise ModelError(f"{folder} has no config.json and no folder vae", setting="vae_dir")
+        raise ModelError(
+            f"{folder} has no config.json and no folder vae: fetch an autoencoder in diffusers' "
+            "layout, with its config.json",
+            setting="vae_dir",
+        )
     with about_setting("vae_dir"):
         return load_part(name, entry, folder, dtype, None, allow_pickles)
 
@@ -160,6 +164,8 @@ def _read_gguf(
     family: Family, files: ModelFiles, source: str, dtype: torch.dtype, file: Path
 ) -> Any:
     """Returns the denoiser with the weights of a GGUF file."""
+    if not file.is_file():
+        raise ModelError(f"there is no file {file}: correct the path", setting="gguf_file")
     _need("gguf", "gguf_file")
     network_class = getattr(diffusers, files.index[family.denoiser][1])
     if not hasattr(network_class, "from_single_file"):
@@ -247,4 +253,11 @@ def _try_compiler(device: torch.device, wanted: Compile) -> None:
 def _tiny(source: str, dtype: torch.dtype) -> Any:
     if not source:
         return None
+    class_name = read_json(Path(source) / "config.json").get("_class_name", "AutoencoderTiny")
+    if class_name != "AutoencoderTiny":
+        raise ModelError(
+            f"{source} has an autoencoder of the class {class_name}, which is not a tiny one "
+            "(AutoencoderTiny): name a tiny one, such as TAESD",
+            setting="tiny_vae",
+        )
     return AutoencoderTiny.from_pretrained(source, torch_dtype=dtype)  # type: ignore[no-untyped-call]

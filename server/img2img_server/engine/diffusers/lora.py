@@ -17,6 +17,7 @@ _log = logging.getLogger(__name__)
 
 # How many refused files are announced, and the length of a reason.
 _REFUSALS, _REASON = 20, 300
+_ADVICE = ". Replace the file, or remove it from the folder"
 
 
 class LoraSet:
@@ -67,7 +68,7 @@ class LoraSet:
             raise
         except Exception as error:  # One foreign file must not stop the others.
             is_known = isinstance(error, LoraError)
-            _log.warning("lora_refused: %s: %s", file.name, error, exc_info=not is_known)
+            _log.warning("lora_refused: %s: %s%s", file.name, error, _ADVICE, exc_info=not is_known)
             raise RefusedFileError(str(error)) from error
         _log.info("lora_offered: %s changes %d weights", file.stem, len(changes))
         return LoraContent.of(changes, self._family)

@@ -20,7 +20,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from img2img_server.engine.diffusers.lora_options import HEADER, LoraError, LoraOptions
+from img2img_server.engine.family import ModelAccessError, ModelError
+from img2img_server.engine.file_kinds import kind_of_addition
 from img2img_server.engine.tensor_names import first_names
+from img2img_server.engine.weight_files import read_header
 
 _LORA = {
     ".lora_A.weight": "down",
@@ -124,7 +127,11 @@ class Group:
         roles = set(self.tensors) - _EXTRA_ROLES
         if roles not in _COMPLETE and (roles or "bias_diff" not in self.tensors):
             have = ", ".join(sorted(roles)) or "nothing that changes a weight"
-            raise LoraError(f"{self.name} has {have}, which is no complete LoRA, LoHa or LoKr")
+            lacking = sorted({"up", "down"} - roles)
+            lacks = f"; {' and '.join(lacking)} is missing" if len(lacking) == 1 else ""
+            raise LoraError(
+                f"{self.name} has {have}, which is no complete LoRA, LoHa or LoKr{lacks}"
+            )
         for role, tensor in self.tensors.items():
             suffix = self.suffixes[role]
             is_number = tensor.is_floating_point() or (role == "alpha" and not tensor.is_complex())
@@ -269,6 +276,12 @@ def read_lora_file(file: Path) -> LoraFile:
         OSError: It cannot be read at present.
     """
     try:
+        names = read_header(file).keys()
+    except ModelAccessError as error:
+        raise OSError(str(error)) from error
+    except ModelError as error:
+        raise LoraError(str(error).replace(f"{file} ", "it ", 1)) from error
+    try:
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
             # Copies: a file that is replaced must not change or end the worker.
@@ -281,6 +294,10 @@ def read_lora_file(file: Path) -> LoraFile:
         raise LoraError(f"its header {HEADER} is no JSON") from error
     if not isinstance(options, dict):
         raise LoraError(f"its header {HEADER} is no JSON object")
+    if not any(name.endswith(tuple(_SUFFIXES)) for name in names) and (
+        kind := kind_of_addition(names)
+    ):
+        raise LoraError(f"it has no tensors of a LoRA: it {kind}")
     groups = _groups(tensors)
     for group in groups:
         group.check()

@@ -19,9 +19,11 @@ from img2img_server.default_dtype import DEFAULT_DTYPE
 from img2img_server.domain.models import ModelKind
 from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.diffusers.families.base import UNUSED_PARTS, Family
-from img2img_server.engine.family import ModelError, ModelFiles
+from img2img_server.engine.family import ModelError, ModelFiles, read_json
+from img2img_server.engine.file_kinds import fault_of_content
 from img2img_server.engine.tensor_names import HARMLESS_IN_PART, IGNORED, first_names
-from img2img_server.engine.weight_files import weights_of
+from img2img_server.engine.weight_files import check_folder, read_header, weights_of
+from img2img_server.setting_files import MAX_BYTES
 
 # Parameters that no forward of the engine uses, and buffers that are calculated.
 _UNUSED: Final = re.compile(r"(^|\.)(position_ids|inv_freq)$|^lm_head\.")
@@ -29,6 +31,11 @@ _UNUSED: Final = re.compile(r"(^|\.)(position_ids|inv_freq)$|^lm_head\.")
 # others are padded for speed.
 _UNUSED_ROWS: Final = 0.1
 _PADDING: Final = 128
+_WHOLE: Final = ("U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+# Files of a tokenizer that hold its vocabulary.
+_VOCABULARIES: Final = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+
+_PAIRS: Final = (("vocab.json", "merges.txt"), ("merges.txt", "vocab.json"))
 
 _AGAIN: Final = "fetch the files again, or check that they belong together"
 # diffusers' sentence about a tensor that does not fit
@@ -75,11 +82,13 @@ def load_parts(
             parts[name] = load_part(name, found[name], folder, dtype, config, allow_pickles)
         elif name not in pipeline_class._optional_components:
             raise ModelError(
-                f"model_index.json in {folder} names no {name}, which {files.class_name} needs"
+                f"model_index.json in {folder} names no {name}, which {files.class_name} needs: "
+                "correct its entry, or fetch the file again"
             )
     parts |= given
     check_tokenizers(parts, str(folder))
     check_latents(family, parts, str(folder), "vae_dir" if "vae" in given else "model")
+    check_text_width(family, parts, str(folder))
     return parts
 
 
@@ -128,20 +137,23 @@ def load_part(
         ModelError: The part is missing, damaged or incomplete.
     """
     part_class, own = part_class_of(name, entry), folder / name
-    if not own.is_dir():
-        raise ModelError(
-            f"the model has no folder {own}, which {entry[1]} needs: fetch its files again"
-        )
+    check_folder(own, entry[1])
     if not issubclass(part_class, torch.nn.Module):
         return guarded(own, part_class.from_pretrained, str(own), local_files_only=True)
     weights = weights_of(own, allow_pickles=allow_pickles)
+    file = own / (weights.index or weights.files[0])
+    if not (own / "config.json").is_file():
+        raise ModelError(f"there is no {own / 'config.json'}: fetch the file again")
+    if not quantization and not weights.is_pickle:
+        for name in weights.files:
+            _check_numbers(own / name)
     options: dict[str, Any] = {"quantization_config": quantization} if quantization else {}
     if issubclass(part_class, PreTrainedModel):
         options["dtype"] = dtype
     elif dtype != "auto":
         options["torch_dtype"] = dtype
     part, info = guarded(
-        own,
+        file,
         part_class.from_pretrained,
         str(own),
         variant=weights.variant or None,
@@ -150,8 +162,19 @@ def load_part(
         local_files_only=True,
         **options,
     )
-    check_loaded(str(own), info)
+    check_loaded(str(own), info, file)
     return part
+
+
+def _check_numbers(file: Path) -> None:
+    """Raises ModelError for weights that are whole numbers, which another library has quantised."""
+    for name, tensor in read_header(file).items():
+        if name.endswith(".weight") and tensor.dtype in _WHOLE:
+            raise ModelError(
+                f"{file} has weights that are integers ({name}: {tensor.dtype}), so it was "
+                "quantised: use the model in fp16, bf16 or fp32, and IMG2IMG_QUANTIZATION for 8 "
+                "bits in memory"
+            )
 
 
 def part_class_of(name: str, entry: tuple[str, str]) -> Any:
@@ -175,11 +198,12 @@ def part_class_of(name: str, entry: tuple[str, str]) -> Any:
     return found
 
 
-def check_loaded(place: str, info: Mapping[str, Any]) -> None:
+def check_loaded(place: str, info: Mapping[str, Any], file: Path | None = None) -> None:
     """Checks what a library reports of the tensors of a part.
 
     Args:
         place: The folder or file, for the sentence.
+        file: The file with the weights, if `place` is a folder.
 
     Raises:
         ModelError: A parameter is not in the file, or the file has tensors that were not loaded.
@@ -187,8 +211,8 @@ def check_loaded(place: str, info: Mapping[str, Any]) -> None:
     missing = [key for key in info["missing_keys"] if not _UNUSED.search(key)]
     if missing:
         raise ModelError(
-            f"{place} is incomplete: its weights lack {first_names(missing)}. Fetch the files "
-            "again, or check that its config.json belongs to them"
+            f"{place} is incomplete: its weights lack {first_names(missing)}. Fetch "
+            f"{file or 'the files'} again, or check that its config.json belongs to them"
         )
     unexpected = [key for key in info["unexpected_keys"] if not HARMLESS_IN_PART.search(key)]
     if unexpected:
@@ -228,6 +252,29 @@ def check_latents(
         )
 
 
+def check_text_width(family: Family, parts: Mapping[str, Any], place: str) -> None:
+    """Checks that the text encoders give the numbers that the UNet takes for each token.
+
+    Raises:
+        ModelError: They are those of another model.
+    """
+    config = getattr(parts.get(family.denoiser), "config", {})
+    taken = config.get("cross_attention_dim")
+    encoders = [name for name in parts if name.startswith("text_encoder") and parts[name]]
+    given = [int(getattr(parts[name].config, "hidden_size", 0) or 0) for name in encoders]
+    is_plain = isinstance(taken, int) and not config.get("encoder_hid_dim")
+    if (
+        family.kind is ModelKind.DIFFUSION
+        and is_plain
+        and all(given)
+        and sum(given) not in (0, taken)
+    ):
+        raise ModelError(
+            f"the {' and '.join(encoders)} of {place} gives {sum(given)} numbers for each token, "
+            f"but its {family.denoiser} takes {taken}: they are of different models: {_AGAIN}"
+        )
+
+
 def _channels(part: Any, name: str) -> int:
     return int(getattr(getattr(part, "config", None), name, 0) or 0)
 
@@ -248,13 +295,15 @@ def check_tokenizers(parts: Mapping[str, Any], place: str) -> None:
             continue
         text = config.get_text_config()
         size, rows = len(tokenizer), int(getattr(text, "vocab_size", 0) or 0)
+        found = (Path(place) / name / it for it in _VOCABULARIES)
         where = f"the {name} of {place}"
+        file = next((f" in {it}" for it in found if it.is_file()), "")
         is_clip = str(getattr(text, "model_type", "")).startswith("clip")
         unused = max(rows * _UNUSED_ROWS, 0 if is_clip else _PADDING)
         if rows and not rows - unused <= size <= rows:
             raise ModelError(
-                f"{where} knows {size} tokens, but its {encoder_name} has {rows}: it is another "
-                f"model's, or files are missing: fetch the files of this folder again"
+                f"{where} knows {size} tokens{file}, but its {encoder_name} has {rows}: it is "
+                "another model's, or files are missing: fetch the files of this folder again"
             )
         # In older files, 2 stands for the token with the largest number.
         end = getattr(text, "eos_token_id", None)
@@ -275,10 +324,34 @@ def guarded(place: Path | str, call: Any, *arguments: Any, **options: Any) -> An
             return call(*arguments, **options)
     except Exception as error:
         _log.debug("part_not_loaded: %s", place, exc_info=error)
-        raise ModelError(f"cannot load {place}: {_reason(error)}") from error
+        folder = place if isinstance(place, Path) and place.is_dir() else Path(place).parent
+        config = folder / "config.json"
+        if folder == place or config.is_file():
+            check_small_files(folder)
+        raise ModelError(f"cannot load {place}: {_reason(error, config)}") from error
 
 
-def _reason(error: Exception) -> str:
+def check_small_files(folder: Path) -> None:
+    """Looks for the file that is wrong, after a library could not load a folder.
+
+    Raises:
+        ModelError: A file is missing, is no JSON or is something else.
+    """
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    for name in names:
+        if name.endswith(".json"):
+            if (folder / name).stat().st_size <= MAX_BYTES:
+                read_json(folder / name)
+        elif name.endswith((".txt", ".model")):
+            with (folder / name).open("rb") as file:
+                if fault := fault_of_content(file.read(256), "tokenizer's words"):
+                    raise ModelError(f"{folder / name} {fault}")
+    for one, other in _PAIRS:
+        if one in names and other not in names and "tokenizer.json" not in names:
+            raise ModelError(f"there is no {folder / other}, which belongs to {one}: {_AGAIN}")
+
+
+def _reason(error: Exception, config: Path) -> str:
     """Returns why a library could not load a part, with the cure."""
     why = " ".join(str(error).split())
     if sizes := _SIZES.search(why):
@@ -289,6 +362,8 @@ def _reason(error: Exception) -> str:
         )
     if "ignore_mismatched_sizes" in why:
         return f"its weights have other sizes than its config.json says: {_AGAIN}"
+    if isinstance(error, ValueError) and "`" in why:  # diffusers quotes entries so.
+        return f"an entry of {config} is wrong: {why[:400].rstrip('.')}: {_AGAIN}"
     if isinstance(error, KeyError | AttributeError | TypeError):  # A file lacks an entry.
         return f"a file in it is damaged ({type(error).__name__} {why}): {_AGAIN}"
     return f"{why[:400].rstrip('.') or type(error).__name__}: {_AGAIN}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from img2img_server.domain.models import ModelKind
+from img2img_server.engine.family import ModelError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,3 +114,28 @@ def _general(kind: ModelKind) -> tuple[str, ...]:
 DIFFUSION_SAMPLERS: Final = _general(ModelKind.DIFFUSION)
 FLOW_SAMPLERS: Final = _general(ModelKind.FLOW)
 EDM_SAMPLERS: Final = ("edm_dpmpp_2m", "edm_euler")
+# The kinds of prediction that the schedulers of diffusers accept.
+_PREDICTIONS: Final = ("epsilon", "v_prediction", "sample", "flow_prediction", "trigflow")
+# Entries of schedulers that are numbers.
+_NUMBERS: Final = ("beta_start", "beta_end", "num_train_timesteps", "shift", "steps_offset")
+
+
+def check_scheduler(config: Mapping[str, Any]) -> None:
+    """Raises ModelError for values that diffusers accepts at first and computes other images with.
+
+    Args:
+        config: The configuration of a model's own scheduler.
+    """
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in _PREDICTIONS:
+        raise ModelError(
+            f"scheduler/scheduler_config.json has the prediction_type {prediction!r}, which does "
+            f"not exist: correct it to one of {', '.join(_PREDICTIONS)}"
+        )
+    for name in _NUMBERS:
+        value = config.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ModelError(
+                f"scheduler/scheduler_config.json has {name} {value!r}, which is no number: "
+                "correct it, or fetch the file again"
+            )

@@ -391,5 +391,6 @@ def _check(
     if used != elements:
         raise ModelError(
             f"{where} has tensors of {elements - used} elements that are of no layer of its "
-            f"architecture and would be ignored; the first tensors are {first_names(own)}"
+            f"architecture and would be ignored; the first tensors are {first_names(own)}. "
+            "Use a file without them"
         )

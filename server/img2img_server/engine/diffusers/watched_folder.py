@@ -15,7 +15,8 @@ Content = TypeVar("Content")
 _log = logging.getLogger(__name__)
 
 _SUFFIX = ".safetensors"
-_OTHER_FORMATS = (".ckpt", ".pt", ".pth", ".bin")
+_IMAGES = (".png", ".webp")
+_OTHER_FORMATS = (".ckpt", ".pt", ".pth", ".bin", ".gguf", ".sft", ".zip")
 
 
 class RefusedFileError(ValueError):
@@ -89,6 +90,8 @@ class WatchedFolder(Generic[Content]):
             return False
         with self._refresh_lock:
             try:
+                if is_start:
+                    self._log_ignored(self._folder)
                 files = {file.stem: file for file in self._files(self._folder)}
                 versions = {name: _version(file) for name, file in files.items()}
             except OSError as error:  # A file was deleted just now, or a network disk is away.
@@ -107,6 +110,30 @@ class WatchedFolder(Generic[Content]):
             self._seen, self._pending = found, versions
             return has_changed
 
+    def _log_ignored(self, folder: Path) -> None:
+        """Logs the files that are no candidates by their names or places."""
+        for path in sorted(folder.iterdir()):
+            name = path.name
+            if name.startswith("."):
+                continue
+            if path.is_dir():
+                if any(path.glob(f"*{_SUFFIX}")):
+                    _log.warning(
+                        "%s_ignored: %s is a subfolder, which is not read: move its files into %s",
+                        *(self._kind, name, folder),
+                    )
+            elif path.suffix.lower() in _OTHER_FORMATS or self._is_image(path):
+                _log.warning(
+                    "%s_ignored: %s is no %s file: convert it, or remove it",
+                    *(self._kind, name, _SUFFIX),
+                )
+
+    def _is_image(self, path: Path) -> bool:
+        """Returns whether a file is an embedding in an image, and not the preview of another."""
+        if self._kind != "embedding" or path.suffix.lower() not in _IMAGES:
+            return False
+        return not path.with_name(path.name.partition(".")[0] + _SUFFIX).exists()
+
     def _read(self, file: Path, version: tuple[int, ...]) -> Seen[Content] | None:
         """Reads a file, also one that is refused. Returns None if it cannot be read at present."""
         try:
@@ -120,7 +147,8 @@ class WatchedFolder(Generic[Content]):
                 return None
         except OSError as error:
             level = logging.DEBUG if file.stem in self._unreadable else logging.WARNING
-            _log.log(level, "%s_unreadable: %s: %s", self._kind, file.name, error)
+            cure = ": correct its permissions" if isinstance(error, PermissionError) else ""
+            _log.log(level, "%s_unreadable: %s: %s%s", self._kind, file.name, error, cure)
             self._unreadable.add(file.stem)
             return None
         self._unreadable.discard(file.stem)
@@ -131,8 +159,6 @@ class WatchedFolder(Generic[Content]):
         found: dict[str, Path] = {}
         for file in sorted(folder.iterdir()):
             suffix = file.suffix.lower()
-            if suffix in _OTHER_FORMATS:
-                _log.debug("%s_ignored: %s is no .safetensors file", self._kind, file.name)
             if suffix != _SUFFIX or file.name.startswith("."):
                 continue
             if file.stem in found:

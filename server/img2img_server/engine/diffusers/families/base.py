@@ -17,6 +17,7 @@ from img2img_server.engine.diffusers.samplers import (
     DIFFUSION_SAMPLERS,
     EDM_SAMPLERS,
     FLOW_SAMPLERS,
+    check_scheduler,
     own_sampler,
 )
 from img2img_server.engine.family import ModelError, ModelFiles, ModelTraits
@@ -127,6 +128,7 @@ class Family:
         """
         if reason := self.refusal(files):
             raise ModelError(reason)
+        check_scheduler(files.scheduler)
         config = files.config(self.denoiser)
         return ModelTraits(
             family=self.name,
