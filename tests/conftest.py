@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
-pytest_plugins = ["fixtures_engines"]
+pytest_plugins = ["fixtures_engines", "fixtures_logs"]
 
 # A shell that starts the tests in the background sets SIGINT to ignored, and nohup SIGHUP. Child
 # processes would inherit that, and commands that tests interrupt would not receive the signal.

@@ -28,7 +28,8 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
         logger = logging.getLogger(library)
         monkeypatch.setattr(logger, "propagate", True)
         monkeypatch.setattr(logger, "handlers", [])
-        monkeypatch.setattr(logger, "level", logging.WARNING)
+        monkeypatch.setattr(logger, "level", logger.level)
+        logger.setLevel(logging.WARNING)  # also for loggers that asked before
     # The library writes some sentences once in the life of a process.
     logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
     stream = io.StringIO()

@@ -55,6 +55,7 @@ def files_of(family: Family) -> Any:
         known_names="",
         name="m",
         parts={"text_encoder": ("", ""), "text_encoder_2": ("", "")},
+        absent_parts=frozenset(),
         config=lambda part: text if part.startswith("text") else denoiser,
     )
 
