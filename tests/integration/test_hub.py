@@ -211,16 +211,17 @@ async def test_a_download_that_was_cut_off_is_no_model_while_the_hub_is_away(
         with pytest.raises(ModelError, match="is gated"):
             await find()
     use(monkeypatch, "http://127.0.0.1:9")
-    with pytest.raises(ModelError, match="only a part of owner/tiny, it lacks files of the unet, "):
+    with pytest.raises(ModelError, match=r"only a part of owner/tiny, it lacks files of the \w+, "):
         await find()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match=r"the unet, and HF_HUB_OFFLINE is set: unset it"):
+    with pytest.raises(ModelError, match=r"the \w+, and HF_HUB_OFFLINE is set: unset it"):
         await find()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     async with hub(TURBO) as (address, asked):
         use(monkeypatch, address)
         await find()
-    assert asked == ["unet/diffusion_pytorch_model.fp16.safetensors"]
+    # The refusal may have ended downloads of other parts, too.
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in asked
 
 
 def test_the_path_of_a_file_is_no_hub_id() -> None:
