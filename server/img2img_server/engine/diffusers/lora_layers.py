@@ -49,20 +49,13 @@ class LoraContent:
         changes: The changes of weights by part.
         branches: The same changes as factors, by part; None for a part with a change that has no
             factors.
+        branch_work: The work of the factors as a share of the work of their layers, by part;
+            infinity if a change has no factors.
     """
 
     changes: Mapping[Part, tuple[Change, ...]]
     branches: Mapping[Part, tuple[LowRank, ...] | None]
-
-    def branch_work(self, part: Part) -> float:
-        """Returns the work of the factors of a part as a share of the work of their layers,
-        infinity if a change has no factors.
-        """
-        branches = self.branches[part]
-        if branches is None:
-            return math.inf
-        work = sum(low.down.numel() + low.up.numel() for low in branches)
-        return work / max(1, sum(change.weight.numel() for change in self.changes[part]))
+    branch_work: Mapping[Part, float]
 
     @classmethod
     def of(cls, changes: Sequence[Change], family: Family) -> Self:
@@ -72,7 +65,9 @@ class LoraContent:
             Part.TEXT: tuple(it for it in changes if it.part != family.denoiser),
         }
         unbatched = {Part.DENOISER: family.unbatched_layers, Part.TEXT: ""}
-        return cls(by_part, {part: _factors(own, unbatched[part]) for part, own in by_part.items()})
+        branches = {part: _factors(own, unbatched[part]) for part, own in by_part.items()}
+        work = {part: _branch_work(branches[part], own) for part, own in by_part.items()}
+        return cls(by_part, branches, work)
 
 
 def content_of(adapter: Adapter) -> LoraContent:
@@ -85,6 +80,13 @@ def content_of(adapter: Adapter) -> LoraContent:
         raise EngineError(f"the LoRA {adapter.name} was removed")
     content: LoraContent = adapter.content.content
     return content
+
+
+def _branch_work(branches: Sequence[LowRank] | None, changes: Sequence[Change]) -> float:
+    if branches is None:
+        return math.inf
+    work = sum(low.down.numel() + low.up.numel() for low in branches)
+    return work / max(1, sum(change.weight.numel() for change in changes))
 
 
 def _factors(changes: Sequence[Change], unbatched: str) -> tuple[LowRank, ...] | None:

@@ -58,7 +58,7 @@ class LoraUse:
     def _has_branches(self, adapter: Adapter) -> bool:
         if adapter.content is None:
             return False
-        return 0 < content_of(adapter).branch_work(self._part) <= self._most_work
+        return 0 < content_of(adapter).branch_work[self._part] <= self._most_work
 
     def use_for_all(self, adapters: Sequence[Adapter]) -> None:
         """Applies adapters to all inputs, of any number of rows."""
