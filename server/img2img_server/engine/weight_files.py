@@ -137,14 +137,13 @@ def weights_of(folder: Path, *, allow_pickles: bool = False) -> WeightSet:
         raise ModelError(f"{folder} has no weights{_other_weights(folder, names)}")
     if chosen.is_pickle:
         refuse_pickle(folder / chosen.files[0], allow_pickles)
-    if chosen.shard_count:
-        _check_shards(folder, chosen)
-    if not chosen.is_pickle:
-        for name in chosen.files:
-            read_header(folder / name)
-    else:
+    listed = _listed_tensors(folder, chosen) if chosen.shard_count else {}
+    if chosen.is_pickle:
         for name in chosen.files:
             _check_kind(folder / name, _head(folder / name))
+        return chosen
+    held = {key for name in chosen.files for key in read_header(folder / name)}
+    _check_held(folder, chosen, listed, held)
     return chosen
 
 
@@ -192,7 +191,8 @@ def refuse_pickle(path: Path, is_allowed: bool) -> None:
         )
 
 
-def _check_shards(folder: Path, chosen: WeightSet) -> None:
+def _listed_tensors(folder: Path, chosen: WeightSet) -> Mapping[str, str]:
+    """Returns the shard of each tensor by the index, after a check that the shards are there."""
     if not chosen.index:
         raise ModelError(
             f"{folder} has shards but no index of them, {_index_name(chosen)}: {AGAIN}"
@@ -205,14 +205,18 @@ def _check_shards(folder: Path, chosen: WeightSet) -> None:
         raise ModelError(
             f"{folder} lacks {', '.join(map(str, missing))}, which {chosen.index} lists: {AGAIN}"
         )
-    if chosen.is_pickle:
-        return
-    held = {key for name in chosen.files for key in read_header(folder / name)}
+    return listed
+
+
+def _check_held(
+    folder: Path, chosen: WeightSet, listed: Mapping[str, str], held: Collection[str]
+) -> None:
+    """Raises ModelError if a listed tensor is in no shard."""
+    gone = [key for key in listed if key not in held and not _SHARED.search(key)]
     for name in chosen.files:
-        gone = [key for key, shard in listed.items() if shard == name and key not in held]
-        if gone := [key for key in gone if not _SHARED.search(key)]:
+        if own := [key for key in gone if listed[key] == name]:
             raise ModelError(
-                f"{folder / name} lacks {first_names(gone)}, which {chosen.index} lists in it: "
+                f"{folder / name} lacks {first_names(own)}, which {chosen.index} lists in it: "
                 f"it is of another download: {AGAIN}"
             )
 
