@@ -18,6 +18,7 @@ from tests.doctor_forms.forms import (
     SERVE,
     VAE,
     Builder,
+    Settings,
     advice,
     broken,
     change_tensors,
@@ -27,7 +28,6 @@ from tests.doctor_forms.forms import (
 from tests.doctor_forms.wrong_models import OTHER
 from tests.tiny_flow import autoencoder
 
-Settings = Mapping[str, Path | str]
 MOVE = advice("move", "put", "remove", "delete", "use", "set", "choose", "convert", "rename")
 FILE = "style.safetensors"
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
 
 from tests.doctor_forms.forms import (
     AGAIN,
@@ -13,11 +11,11 @@ from tests.doctor_forms.forms import (
     SERVE,
     UNET,
     Builder,
+    Settings,
     advice,
     broken,
 )
 
-Settings = Mapping[str, Path | str]
 ENTRY = '[[models]]\nname = "photo"\nsource = "model"\n'
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from tests.doctor_forms.forms import (
     UNET,
     VAE,
     Builder,
+    Settings,
     advice,
     broken,
     change_tensors,
@@ -27,7 +27,6 @@ from tests.doctor_forms.forms import (
     edit,
 )
 
-Settings = Mapping[str, Path | str]
 INCOMPLETE = "cut|incomplete|truncat|shorter|ends|damaged|corrupt"
 
 

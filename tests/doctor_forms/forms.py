@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from tests import original_layout
 from tests.tiny_models import write_sd, write_sdxl
 
+# Settings without their prefix.
+Settings = Mapping[str, Path | str]
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
@@ -59,7 +61,7 @@ class Form:
         starts: Whether a worker would start; None: either.
     """
 
-    build: Callable[[Builder], Mapping[str, Path | str]]
+    build: Callable[[Builder], Settings]
     says: tuple[str, ...] | None
     advice: str
     starts: bool | None

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from tests.doctor_forms.forms import (
     SERVE,
     UNET,
     Builder,
+    Settings,
     advice,
     broken,
     cut,
@@ -24,7 +23,6 @@ from tests.doctor_forms.forms import (
 )
 from tests.doctor_forms.wrong_models import OTHER
 
-Settings = Mapping[str, Path | str]
 INPUT = "model.diffusion_model.input_blocks.0.0.weight"
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from tests.doctor_forms.forms import TEXT, UNET, VAE, Builder, edit, lora, valid
-
-Settings = Mapping[str, Path | str]
+from tests.doctor_forms.forms import TEXT, UNET, VAE, Builder, Settings, edit, lora, valid
 
 
 @valid

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from tests.doctor_forms.forms import (
     UNET,
     VAE,
     Builder,
+    Settings,
     advice,
     broken,
     change_tensors,
@@ -29,7 +29,6 @@ from tests.doctor_forms.forms import (
 from tests.tiny_flow import autoencoder
 from tests.tiny_models import clip_tokenizer, text_config, unet_options
 
-Settings = Mapping[str, Path | str]
 OTHER = advice(
     "serve", "use", "choose", "name", "set", "download", "fetch", "convert", "export", "take"
 )

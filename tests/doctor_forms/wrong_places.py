@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tarfile
-from collections.abc import Mapping
-from pathlib import Path
 
 from tests.doctor_forms.forms import (
     AGAIN,
@@ -15,12 +13,12 @@ from tests.doctor_forms.forms import (
     UNET,
     UNPACK,
     Builder,
+    Settings,
     advice,
     broken,
     lora,
 )
 
-Settings = Mapping[str, Path | str]
 RENAME = advice("rename", "move", "call")
 
 

@@ -28,7 +28,7 @@ from tests.doctor_forms import (
     wrong_models,
     wrong_places,
 )
-from tests.doctor_forms.forms import FORMS, Builder, Form, Stock, matches
+from tests.doctor_forms.forms import FORMS, Builder, Form, Settings, Stock, matches
 
 MODULES = (
     additions,
@@ -156,7 +156,7 @@ def _as_another_user() -> Iterator[None]:
         assert libc.capset(header, sets) == 0
 
 
-def _process(settings: Mapping[str, Path | str], *words: str) -> subprocess.CompletedProcess[str]:
+def _process(settings: Settings, *words: str) -> subprocess.CompletedProcess[str]:
     clean = {key: it for key, it in os.environ.items() if not key.startswith(("IMG2IMG", "LC_"))}
     chosen = {
         "WARM_UP_SIZES": "256x256",

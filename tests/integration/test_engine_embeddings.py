@@ -315,12 +315,23 @@ class Interrupted(DiffusersDenoiser):
         return super().denoise(latents, timesteps, conditionings)
 
 
+def interrupted(folder: Path) -> Interrupted:
+    """Returns a denoiser with the embedding `worn`, whose file and model are in the folder."""
+    save_file({"emb_params": vectors(2)}, folder / "worn.safetensors")
+    options = ModelOptions(embeddings_dir=folder)
+    model = str(write_sd(folder / "model"))
+    return Interrupted.load(model, torch.device("cpu"), torch.float32, options)
+
+
+def replace_embedding(denoiser: Interrupted, folder: Path) -> None:
+    """Replaces the file of the embedding, and makes the denoiser offer the new one."""
+    save_file({"emb_params": vectors(2, seed=2)}, folder / ".new")
+    (folder / ".new").rename(folder / "worn.safetensors")
+    assert [denoiser.refresh_embeddings() for _ in range(2)] == [False, True]
+
+
 def test_a_job_whose_embedding_was_replaced_is_suspended_without_a_state(tmp_path: Path) -> None:
-    file = tmp_path / "worn.safetensors"
-    save_file({"emb_params": vectors(2)}, file)
-    options = ModelOptions(embeddings_dir=tmp_path)
-    model = str(write_sd(tmp_path / "model"))
-    denoiser = Interrupted.load(model, torch.device("cpu"), torch.float32, options)
+    denoiser = interrupted(tmp_path)
     wanted = request_of("a worn boat", num_inference_steps=6)
 
     def suspended(change: Callable[[], None]) -> object:
@@ -331,14 +342,9 @@ def test_a_job_whose_embedding_was_replaced_is_suspended_without_a_state(tmp_pat
         denoiser.steps, denoiser.before_third = 0, change_and_suspend
         return run(engine, wanted)[-1]
 
-    def change() -> None:
-        save_file({"emb_params": vectors(2, seed=2)}, tmp_path / ".new")
-        (tmp_path / ".new").rename(file)
-        assert [denoiser.refresh_embeddings() for _ in range(2)] == [False, True]
-
     with running(denoiser) as engine:
         assert isinstance(suspended(lambda: None), JobSuspended)
-        assert isinstance(suspended(change), JobStopped)
+        assert isinstance(suspended(lambda: replace_embedding(denoiser, tmp_path)), JobStopped)
         assert isinstance(suspended(lambda: None), JobSuspended), "it is encoded with the new file"
 
 
@@ -347,11 +353,7 @@ def test_a_job_keeps_the_embedding_that_was_there_when_it_began(
     continues: bool, tmp_path: Path
 ) -> None:
     """The file is replaced after the engine has begun with the job and before its first encode."""
-    file = tmp_path / "worn.safetensors"
-    save_file({"emb_params": vectors(2)}, file)
-    options = ModelOptions(embeddings_dir=tmp_path)
-    model = str(write_sd(tmp_path / "model"))
-    denoiser = Interrupted.load(model, torch.device("cpu"), torch.float32, options)
+    denoiser = interrupted(tmp_path)
     wanted = request_of("a worn boat", num_inference_steps=6)
     expected = image_of(denoiser, wanted)
     state = None
@@ -362,12 +364,8 @@ def test_a_job_keeps_the_embedding_that_was_there_when_it_began(
         assert isinstance(suspended, JobSuspended)
         state = suspended.state
 
-    def change() -> None:
-        save_file({"emb_params": vectors(2, seed=2)}, tmp_path / ".new")
-        (tmp_path / ".new").rename(file)
-        assert [denoiser.refresh_embeddings() for _ in range(2)] == [False, True]
-
-    denoiser.before_third, denoiser.before_encode = lambda: None, change
+    denoiser.before_third = lambda: None
+    denoiser.before_encode = lambda: replace_embedding(denoiser, tmp_path)
     with running(denoiser) as engine:
         (image,) = images(run(engine, replace(wanted, state=state)))
         assert difference(image, expected) == 0
