@@ -12,6 +12,7 @@ import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
 
 from img2img_server.engine.checkpoint import _unused_layers
 from img2img_server.engine.checkpoint_file import read_checkpoint
@@ -20,11 +21,18 @@ from img2img_server.engine.diffusers.local_model import find_model
 from img2img_server.engine.diffusers.weights_size import weights_size
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.load import load_engine
-from img2img_server.engine.model_spec import read_model_spec
+from img2img_server.engine.model_spec import ModelDefaults, read_model_spec
 from img2img_server.engine.options import EngineOptions, ModelOptions
 from img2img_server.settings import Settings
 from tests.engine_bench import BOUND, difference, images, job, run, running
-from tests.original_layout import write_sd1, write_sd2, write_sdxl
+from tests.original_layout import (
+    clip_config,
+    clip_tensors,
+    write,
+    write_sd1,
+    write_sd2,
+    write_sdxl,
+)
 
 WRITERS: dict[str, Callable[[Path], tuple[Any, Path]]] = {
     "sd1": write_sd1,
@@ -277,6 +285,18 @@ def test_another_kind_of_file_is_named(names: list[str], sentence: str, tmp_path
         read_model_spec(str(file))
 
 
+def test_a_text_encoder_of_another_width_than_the_unet_takes_is_refused(
+    written: Callable[[str], Written], tmp_path: Path
+) -> None:
+    model, prefix = written("sd1"), "cond_stage_model.transformer."
+    wide = CLIPTextModel(clip_config(128, hidden_act="quick_gelu"))
+    tensors = load_file(model.file)
+    tensors = {name: it for name, it in tensors.items() if not name.startswith(prefix)}
+    file = write(tmp_path / "mixed.safetensors", {**tensors, **clip_tensors(wide, prefix)})
+    with pytest.raises(ModelError, match="gives 128 numbers for each token, but its unet takes 64"):
+        load(file)
+
+
 def test_an_inpainting_checkpoint_is_refused_by_its_channels(
     written: Callable[[str], Written], tmp_path: Path
 ) -> None:
@@ -329,6 +349,14 @@ def test_a_pickled_checkpoint_needs_permission_and_gives_the_same_image(
         engine.stop()
     assert (spec.name, spec.schedulers[0], spec.native_size) == ("model", "pndm", 512)
     assert difference(found, made_by(load(model.file), "pndm")) == 0
+
+
+def test_a_pickle_may_have_its_ending_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "model.CKPT").touch()
+    with pytest.raises(ModelError, match=r"model\.CKPT is a pickle, which can run code"):
+        read_model_spec(str(tmp_path / "model.CKPT"))
+    allowed = ModelDefaults(allow_pickles=True)
+    assert read_model_spec(str(tmp_path / "model.CKPT"), defaults=allowed).name == "model"
 
 
 def test_clips_tokenizer_gives_the_published_numbers() -> None:

@@ -20,8 +20,8 @@ from img2img_server.engine.family import ModelError
 from img2img_server.engine.file_kinds import format_of
 from img2img_server.engine.tensor_names import DENOISER, first_names, full_name
 from img2img_server.engine.weight_files import (
-    PICKLES,
     check_kind,
+    is_pickle,
     read_header,
     read_metadata,
     refuse_pickle,
@@ -39,7 +39,7 @@ def read_checkpoint(path: Path, *, allow_pickles: bool = False) -> Checkpoint:
     """
     metadata: Mapping[str, str] = {}
     suffix = path.suffix.lower()
-    if suffix in PICKLES:
+    if is_pickle(path):
         refuse_pickle(path, allow_pickles)
         shapes = read_shapes(path)
     elif suffix == ".safetensors":
@@ -90,7 +90,7 @@ def read_shapes(path: Path) -> Shapes:
     Raises:
         ModelError: The file is damaged, or has a tensor twice.
     """
-    if path.suffix.lower() in PICKLES:
+    if is_pickle(path):
         # Importing torch takes seconds.
         from img2img_server.engine.diffusers.single_file import read_tensors
 

@@ -37,7 +37,7 @@ from pydantic_core import ErrorDetails
 
 from img2img_server.domain.hub_id import HubId
 from img2img_server.domain.models import Guidance, ModelInfo, ModelKind
-from img2img_server.domain.params import DEFAULT_STRENGTH, Limits
+from img2img_server.domain.params import DEFAULT_STRENGTH, MAX_SIDE_PIXELS, Limits
 from img2img_server.domain.schedulers import offered_name
 from img2img_server.domain.strength import StrengthRule
 from img2img_server.engine.checkpoint_file import read_checkpoint, toml_of
@@ -46,7 +46,7 @@ from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS
 from img2img_server.engine.family import ModelError, ModelFamily, ModelFiles
 from img2img_server.engine.model_paths import INDEX, fault_of_path, hint_of_folder
 from img2img_server.engine.options import sizes
-from img2img_server.engine.weight_files import PICKLES, refuse_pickle
+from img2img_server.engine.weight_files import is_pickle, refuse_pickle
 from img2img_server.setting_files import read_text
 
 DEFAULT_MODEL = "atelier"
@@ -211,14 +211,14 @@ class ModelDefaults:
         )
 
 
-def size_faults(warm_up_sizes: str, spec: ModelSpec, max_side: int | None = None) -> list[str]:
+def size_faults(warm_up_sizes: str, spec: ModelSpec, max_side: int = MAX_SIDE_PIXELS) -> list[str]:
     """Returns a sentence for each mistake in the setting of these sizes.
 
     Args:
-        max_side: The largest side of requests; None: that of the model.
+        max_side: The largest side of requests, apart from the model's own limit.
     """
     faults = []
-    most = min(spec.max_side, spec.max_side if max_side is None else max_side)
+    most = min(spec.max_side, max_side)
     for height, width in sizes(warm_up_sizes):
         if height % spec.multiple or width % spec.multiple:
             faults.append(f"{width}x{height}: {spec.name} needs sides divisible by {spec.multiple}")
@@ -271,7 +271,7 @@ def _single_file(path: Path, found: FoundModel | None, defaults: ModelDefaults) 
     toml = defaults.over(_read_toml(toml_of(path)))
     if found is not None:
         return _spec(str(path), path.stem, toml, found.files, defaults)
-    if path.suffix in PICKLES:
+    if is_pickle(path):
         refuse_pickle(path, defaults.allow_pickles)
         return ModelSpec(source=str(path), name=toml.name or path.stem)
     return _spec(str(path), path.stem, toml, read_checkpoint(path).files, defaults)

@@ -182,6 +182,11 @@ def _other_weights(folder: Path, names: Collection[str]) -> str:
     return ": fetch the files of this folder again"
 
 
+def is_pickle(path: Path) -> bool:
+    """Returns whether a file is a pickle by its name."""
+    return path.suffix.lower() in PICKLES
+
+
 def refuse_pickle(path: Path, is_allowed: bool) -> None:
     """Raises ModelAccessError for a pickle unless the operator allows pickles."""
     if not is_allowed:
@@ -310,10 +315,10 @@ def _check_kind(path: Path, head: bytes) -> None:
         raise ModelError(f"{path} {fault}")
     is_archive = head.startswith(_ARCHIVES)
     # torch writes pickles into a zip archive.
-    is_pickle = head.startswith(b"\x80\x02") or (is_archive and b"data.pkl" in head)
-    if path.suffix == ".safetensors" and is_pickle:
+    has_pickle = head.startswith(b"\x80\x02") or (is_archive and b"data.pkl" in head)
+    if path.suffix.lower() == ".safetensors" and has_pickle:
         raise ModelError(
             f"{path} is a pickle with the name of a safetensors file: use a .safetensors file"
         )
-    if is_archive and not is_pickle:
+    if is_archive and not has_pickle:
         raise ModelError(f"{path} is an archive: unpack it, and name the model that it holds")

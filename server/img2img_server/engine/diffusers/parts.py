@@ -86,9 +86,7 @@ def load_parts(
                 "correct its entry, or fetch the file again"
             )
     parts |= given
-    check_tokenizers(parts, str(folder))
-    check_latents(family, parts, str(folder), "vae_dir" if "vae" in given else "model")
-    check_text_width(family, parts, str(folder))
+    check_fit(family, parts, str(folder), "vae_dir" if "vae" in given else "model")
     return parts
 
 
@@ -229,17 +227,29 @@ def check_loaded(place: str, info: Mapping[str, Any], file: Path | None = None) 
         )
 
 
-def check_latents(
-    family: Family, parts: Mapping[str, Any], place: str, setting: str = "model"
+def check_fit(
+    family: Family,
+    parts: Mapping[str, Any],
+    place: str,
+    vae_setting: str = "model",
+    text_setting: str = "model",
 ) -> None:
-    """Checks that the autoencoder has the latents that the denoiser takes.
+    """Checks that the parts of a model fit each other.
 
     Args:
-        setting: The setting that names the autoencoder.
+        vae_setting: The setting that names the autoencoder.
+        text_setting: The setting that names the text encoders.
 
     Raises:
-        ModelError: It is that of another family.
+        ModelError: One is that of another model.
     """
+    check_tokenizers(parts, place)
+    _check_latents(family, parts, place, vae_setting)
+    _check_text_width(family, parts, place, text_setting)
+
+
+def _check_latents(family: Family, parts: Mapping[str, Any], place: str, setting: str) -> None:
+    """Raises ModelError if the autoencoder has other latents than the denoiser takes."""
     taken = _channels(parts.get(family.denoiser), "in_channels")
     given = _channels(parts.get("vae"), "latent_channels")
     if family.kind is ModelKind.DIFFUSION and taken and given and taken != given:
@@ -252,12 +262,8 @@ def check_latents(
         )
 
 
-def check_text_width(family: Family, parts: Mapping[str, Any], place: str) -> None:
-    """Checks that the text encoders give the numbers that the UNet takes for each token.
-
-    Raises:
-        ModelError: They are those of another model.
-    """
+def _check_text_width(family: Family, parts: Mapping[str, Any], place: str, setting: str) -> None:
+    """Raises ModelError if the text encoders give other numbers for a token than the UNet takes."""
     config = getattr(parts.get(family.denoiser), "config", {})
     taken = config.get("cross_attention_dim")
     encoders = [name for name in parts if name.startswith("text_encoder") and parts[name]]
@@ -270,8 +276,10 @@ def check_text_width(family: Family, parts: Mapping[str, Any], place: str) -> No
         and sum(given) not in (0, taken)
     ):
         raise ModelError(
-            f"the {' and '.join(encoders)} of {place} gives {sum(given)} numbers for each token, "
-            f"but its {family.denoiser} takes {taken}: they are of different models: {_AGAIN}"
+            f"the {' and '.join(encoders)} of {place} {'gives' if len(given) == 1 else 'give'} "
+            f"{sum(given)} numbers for each token, but its {family.denoiser} takes {taken}: they "
+            f"are of different models: {_AGAIN}",
+            setting,
         )
 
 

@@ -34,9 +34,8 @@ from img2img_server.engine.checkpoint_text import (
 from img2img_server.engine.diffusers.clip_tokenizer import clip_tokenizer
 from img2img_server.engine.diffusers.families.base import Family
 from img2img_server.engine.diffusers.parts import (
-    check_latents,
+    check_fit,
     check_loaded,
-    check_tokenizers,
     guarded,
     load_part,
 )
@@ -139,10 +138,12 @@ def load_single_file(
             parts[name] = None
         else:
             parts[name] = _from_folder(family, name, entry, path, parts_dir, dtype, allow_pickles)
-    check_tokenizers(parts, str(path))
-    is_held = "vae" in checkpoint.prefixes
-    setting = "vae_dir" if "vae" in given else "model" if is_held else "model_parts_dir"
-    check_latents(family, parts, str(path), setting)
+    encoders = {name for name in entries if name.startswith("text_encoder")}
+    vae, text = (
+        "model" if names <= checkpoint.prefixes.keys() else "model_parts_dir"
+        for names in ({"vae"}, encoders)
+    )
+    check_fit(family, parts, str(path), "vae_dir" if "vae" in given else vae, text)
     options = {
         name: value
         for name, value in checkpoint.files.index.items()
