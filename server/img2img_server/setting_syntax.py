@@ -62,7 +62,7 @@ def key_prefix(text: str) -> str:
     delete.
     """
     folders = text.removesuffix("/").split("/")
-    if text and not all(folder not in ("", ".", "..") for folder in folders):
+    if text and any(folder in ("", ".", "..") for folder in folders):
         raise ValueError("must be names of folders, such as models/loras")
     if folders[0] in ("generations", "temp"):
         raise ValueError(f"must not begin with {folders[0]}, whose files the bucket deletes")

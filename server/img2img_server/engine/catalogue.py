@@ -52,7 +52,6 @@ from img2img_server.domain.hub_id import HubId
 from img2img_server.domain.params import MAX_SIDE_PIXELS
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.model_spec import read_model_spec
-from img2img_server.engine.weight_files import PICKLES
 from img2img_server.setting_files import read_text
 from img2img_server.setting_names import Origin, variable
 from img2img_server.setting_syntax import KeyPrefix, OptionalPath, Sizes
@@ -257,8 +256,7 @@ def _with_entry(settings: Settings, entry: _Entry, path: Path) -> CatalogueModel
 
 def _source(source: str, folder: Path) -> str:
     """Returns the source with a path that is relative to the folder of the catalogue."""
-    is_path = HubId.parse(source) is None or Path(source).suffix in (".safetensors", *PICKLES)
-    if source and (is_path or (folder / source).exists()):
+    if source and (HubId.parse(source) is None or (folder / source).exists()):
         return str(folder / source)
     return source
 

@@ -91,9 +91,12 @@ class Group:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Returns the numbers of outputs and inputs of the layer as the file has them. The kernel
+        """The numbers of outputs and inputs of the layer as the file has them. The kernel
         of a convolution counts with the inputs only if the form does not separate them.
         """
+        return self._sizes()
+
+    def _sizes(self) -> tuple[int, int]:
         own = self.tensors
         if "up" in own:
             return own["up"].shape[0], own["down"].shape[1]
@@ -143,8 +146,8 @@ class Group:
                 raise LoraError(f"{self.name}{suffix} has {tensor.numel()} values instead of one")
         try:
             if self.changes_weight:
-                self._delta(torch.device("meta"))
-            assert len(self.shape) == 2
+                self.delta(torch.device("meta"))
+            self._sizes()
         except (IndexError, RuntimeError, ValueError) as error:
             shapes = ", ".join(f"{it} {list(self.tensors[it].shape)}" for it in sorted(roles))
             raise LoraError(
@@ -187,11 +190,12 @@ class Group:
         factor = self.factor(options, name) if role == "bias" else 1.0
         return Group(self.name, {"diff": self.tensors[role]}, suffix), factor
 
-    def delta(self) -> Tensor:
-        """Returns the change of the weight without its factor, in float32."""
-        return self._delta()
+    def delta(self, device: torch.device | None = None) -> Tensor:
+        """Returns the change of the weight without its factor, in float32.
 
-    def _delta(self, device: torch.device | None = None) -> Tensor:
+        Args:
+            device: None: that of the file's tensors.
+        """
         own = {role: tensor.to(device, torch.float32) for role, tensor in self.tensors.items()}
         if "diff" in own:
             return own["diff"]

@@ -118,8 +118,7 @@ def _of_form(
             if image := _image(part):
                 images.append(image)
         elif part.name in fields:
-            message = f"{part.name} must be sent only once"
-            violations.append(Violation(part.name, Reason.TOO_MANY, message))
+            violations.append(protojson.sent_twice(part.name))
         else:
             try:
                 is_mask = part.name == "mask" and bool(part.content)
