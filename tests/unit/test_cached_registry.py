@@ -74,6 +74,17 @@ async def test_within_a_second_it_is_asked_once(
     assert registry.asked == 1
 
 
+async def test_a_result_that_was_just_read_is_not_read_again_for_lack_of_a_serving_worker(
+    clock: Clock,
+) -> None:
+    registry = Registry()
+    cached = CachedWorkerRegistry(registry, seconds=1.0, clock=clock)
+    assert await cached.workers() == []
+    assert registry.asked == 1
+    await registry.announce(ONE)
+    assert await cached.workers() == [ONE]
+
+
 async def test_a_steady_caller_does_not_wait_and_gets_news_the_next_time(
     cached: CachedWorkerRegistry, registry: Registry, clock: Clock
 ) -> None:

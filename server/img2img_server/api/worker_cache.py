@@ -50,11 +50,13 @@ class CachedWorkerRegistry:
 
     async def workers(self) -> list[WorkerInfo]:
         # All views are of one result: another one may still list a worker that has left.
+        known = self._known.get("announced")
         serving = [worker for worker in await self.announced() if worker.serves]
-        if not serving:
-            found = await self._read("announced", self._registry.announced)
-            serving = [worker for worker in found if worker.serves]
-        return serving
+        if serving or known is None or known is not self._known.get("announced"):
+            return serving
+        # The result was remembered: a worker may serve by now.
+        found = await self._read("announced", self._registry.announced)
+        return [worker for worker in found if worker.serves]
 
     async def announced(self) -> list[WorkerInfo]:
         return await self._remembered("announced", self._registry.announced)
