@@ -195,11 +195,17 @@ def test_files_that_do_not_fit_are_logged_with_the_reason_and_the_others_are_off
         else:
             save_file(content, file)
     (folder / "old.pt").write_bytes(b"\x80\x02")
+    for preview in ("good.png", "good.preview.png", "neg.v2.webp"):
+        (folder / preview).touch()
     denoiser = load(
-        model, folder, first={"emb_params": vectors(2)}, good={"emb_params": vectors(1)}
+        model,
+        folder,
+        first={"emb_params": vectors(2)},
+        good={"emb_params": vectors(1)},
+        **{"neg.v2": {"emb_params": vectors(1)}},
     )
 
-    assert denoiser.embeddings == ("first", "good")
+    assert denoiser.embeddings == ("first", "good", "neg.v2")
     own = [it for it in caplog.records if it.name.startswith("img2img_server")]
     refused = [it.getMessage() for it in own if it.levelno >= logging.WARNING]
     for stem, (_, why) in REFUSED.items():

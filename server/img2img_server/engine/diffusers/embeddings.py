@@ -21,7 +21,12 @@ from torch import Tensor
 
 from img2img_server.engine.denoiser import Embeddings
 from img2img_server.engine.diffusers.families.base import Family, LoadedModel
-from img2img_server.engine.diffusers.watched_folder import WatchedFolder, fingerprint_of
+from img2img_server.engine.diffusers.watched_folder import (
+    IMAGES,
+    OTHER_FORMATS,
+    WatchedFolder,
+    fingerprint_of,
+)
 from img2img_server.engine.diffusers.windows import runs_of
 from img2img_server.engine.family import ModelAccessError, ModelError
 from img2img_server.engine.file_kinds import kind_of_addition
@@ -92,7 +97,7 @@ class EmbeddingSet:
                 "embeddings_without_effect: models of the family %s take none", family.name
             )
             folder = None
-        self._files = WatchedFolder("embedding", folder, self._read)
+        self._files = WatchedFolder("embedding", folder, self._read, (*OTHER_FORMATS, *IMAGES))
         self._offered = self._applied = _Offered()
         self._choose()
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 Content = TypeVar("Content")
 
 _log = logging.getLogger(__name__)
 
 _SUFFIX = ".safetensors"
-_IMAGES = (".png", ".webp")
-_OTHER_FORMATS = (".ckpt", ".pt", ".pth", ".bin", ".gguf", ".sft", ".zip")
+IMAGES: Final = (".png", ".webp")
+OTHER_FORMATS: Final = (".ckpt", ".pt", ".pth", ".bin", ".gguf", ".sft", ".zip")
 
 
 class RefusedFileError(ValueError):
@@ -49,12 +49,18 @@ class WatchedFolder(Generic[Content]):
         read: Returns the content of a file, or None after it has logged why the file is refused.
             Raises OSError for a file that cannot be read at present, and RefusedFileError for one
             that does not fit, after it has logged it.
+        other_formats: The endings of files that may have such a content in a form that is not read.
     """
 
     def __init__(
-        self, kind: str, folder: Path | None, read: Callable[[Path], Content | None]
+        self,
+        kind: str,
+        folder: Path | None,
+        read: Callable[[Path], Content | None],
+        other_formats: Collection[str] = OTHER_FORMATS,
     ) -> None:
         self._kind = kind
+        self._other_formats = other_formats
         self._folder = folder
         self._read_content = read
         self._refresh_lock = threading.Lock()
@@ -122,17 +128,11 @@ class WatchedFolder(Generic[Content]):
                         "%s_ignored: %s is a subfolder, which is not read: move its files into %s",
                         *(self._kind, name, folder),
                     )
-            elif path.suffix.lower() in _OTHER_FORMATS or self._is_image(path):
+            elif path.suffix.lower() in self._other_formats and not _is_preview(path):
                 _log.warning(
                     "%s_ignored: %s is no %s file: convert it, or remove it",
                     *(self._kind, name, _SUFFIX),
                 )
-
-    def _is_image(self, path: Path) -> bool:
-        """Returns whether a file is an embedding in an image, and not the preview of another."""
-        if self._kind != "embedding" or path.suffix.lower() not in _IMAGES:
-            return False
-        return not path.with_name(path.name.partition(".")[0] + _SUFFIX).exists()
 
     def _read(self, file: Path, version: tuple[int, ...]) -> Seen[Content] | None:
         """Reads a file, also one that is refused. Returns None if it cannot be read at present."""
@@ -183,3 +183,11 @@ def _version(file: Path) -> tuple[int, ...]:
 def _digest(file: Path) -> bytes:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").digest()
+
+
+def _is_preview(path: Path) -> bool:
+    """Returns whether a file is an image of what another file of the folder does."""
+    if path.suffix.lower() not in IMAGES:
+        return False
+    stems = (file.stem for file in path.parent.glob(f"*{_SUFFIX}"))
+    return any(path.name.startswith(f"{stem}.") for stem in stems)
