@@ -167,8 +167,6 @@ REFUSED = Counter(
     ["tenant", "reason"],
 )
 _NAMED_TENANTS: Final = 100
-# Its warnings recommend torchvision, which no part of a pipeline that runs here uses.
-_QUIET_LIBRARIES: Final = ("transformers.utils.import_utils",)
 _named_tenants: set[str] = set()
 REDELIVERIES = Counter("img2img_redeliveries_total", "Jobs taken over after a worker was lost.")
 
@@ -249,8 +247,6 @@ def configure_logging(settings: Settings, role: str) -> None:
     # Libraries log at warning and above: some log whole requests at info.
     logging.root.setLevel(logging.WARNING)
     logging.getLogger("img2img_server").setLevel(settings.log_level.upper())
-    for name in _QUIET_LIBRARIES:
-        logging.getLogger(name).setLevel(logging.ERROR)
     _redirect_to_root()
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     if as_json:
