@@ -37,8 +37,8 @@ from minio import Minio
 from img2img_server.domain.hub_id import HubId
 from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.diffusers.local_model import parts_to_load
-from img2img_server.engine.family import ModelAccessError, ModelError, ModelFiles, read_json
-from img2img_server.engine.hub import INDEX, download_model
+from img2img_server.engine.family import INDEX, ModelAccessError, ModelError, ModelFiles, read_json
+from img2img_server.engine.hub import download_model
 from img2img_server.engine.weight_files import weights_of
 from img2img_server.extras import install_command
 from img2img_server.settings import Settings

@@ -17,8 +17,7 @@ import structlog
 
 from img2img_server.domain.hub_id import HubId
 from img2img_server.engine.diffusers.families import detect, families
-from img2img_server.engine.family import ModelError, ModelFiles
-from img2img_server.engine.hub import INDEX
+from img2img_server.engine.family import INDEX, ModelError, ModelFiles
 from img2img_server.fetch_model import draft_of, fault_of, from_hub, from_s3, prove, publish
 from img2img_server.settings import Settings
 

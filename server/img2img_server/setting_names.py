@@ -16,6 +16,15 @@ def variable(name: str) -> str:
     return PREFIX + name.upper()
 
 
+def in_words_of_settings(message: str) -> str:
+    """Returns a message of pydantic in the words of the errors of settings.
+
+    >>> in_words_of_settings("Input should be less than 3")
+    'must be less than 3'
+    """
+    return re.sub("^(Input|String|Value) should", "must", message)
+
+
 @dataclass(frozen=True, slots=True)
 class Origin:
     """The place where the values of settings come from: the environment, or an entry of a file.

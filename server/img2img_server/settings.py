@@ -31,7 +31,7 @@ from img2img_server.domain.params import MAX_SIDE_PIXELS
 from img2img_server.domain.price import PATTERN as PRICE_PATTERN
 from img2img_server.errors import OperatorError
 from img2img_server.setting_files import read_bytes
-from img2img_server.setting_names import PREFIX, Origin, variable
+from img2img_server.setting_names import PREFIX, Origin, in_words_of_settings, variable
 from img2img_server.setting_syntax import (
     ApiAddress,
     BaseUrl,
@@ -690,7 +690,7 @@ def _sentences(fault: ErrorDetails, fields: dict[str, FieldInfo]) -> list[str]:
         lines = str(fault["ctx"]["error"]).splitlines()
         return [f"{variable(name)}: {line}" for line in lines] if name else lines
     message = fault["msg"].partition(", unable to")[0]
-    sentence = f"{variable(name)}: {re.sub('^(Input|String|Value) should', 'must', message)}"
+    sentence = f"{variable(name)}: {in_words_of_settings(message)}"
     field = fields.get(name)
     if field is None or SecretStr in (get_args(field.annotation) or (field.annotation,)):
         return [sentence]

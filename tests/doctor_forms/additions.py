@@ -217,6 +217,12 @@ def full_autoencoder_as_the_tiny_one(builder: Builder) -> Settings:
     return {"MODEL": builder.sd(), "TINY_VAE": builder.folder / "taesd"}
 
 
+@broken("IMG2IMG_TINY_VAE", "taesd/config.json", advice=CORRECT + "|" + AGAIN)
+def tiny_autoencoder_whose_configuration_is_no_json(builder: Builder) -> Settings:
+    builder.bytes("taesd/config.json", b"{'_class_name': 'AutoencoderTiny'}")
+    return {"MODEL": builder.sd(), "TINY_VAE": builder.folder / "taesd"}
+
+
 @broken("no-such-file.gguf", "IMG2IMG_GGUF_FILE", advice=SERVE + "|" + CORRECT)
 def missing_gguf_file(builder: Builder) -> Settings:
     return {"MODEL": builder.sd(), "GGUF_FILE": builder.folder / "no-such-file.gguf"}

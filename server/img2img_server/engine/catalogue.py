@@ -30,7 +30,6 @@ Every other setting applies to all models.
 from __future__ import annotations
 
 import json
-import re
 import tomllib
 from collections import Counter
 from collections.abc import Sequence
@@ -53,7 +52,7 @@ from img2img_server.domain.params import MAX_SIDE_PIXELS
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.setting_files import read_text
-from img2img_server.setting_names import Origin, variable
+from img2img_server.setting_names import Origin, in_words_of_settings, variable
 from img2img_server.setting_syntax import KeyPrefix, OptionalPath, Sizes
 from img2img_server.settings import Settings, SettingsError
 
@@ -217,7 +216,7 @@ def _sentence(fault: ErrorDetails) -> str:
     if fault["type"] == "extra_forbidden":
         model = _Defaults if "defaults" in fault["loc"] else _Entry
         return f"there is no such field; there are {', '.join(model.model_fields)}: correct it"
-    message = re.sub("^(Input|String|Value) should", "must", fault["msg"])
+    message = in_words_of_settings(fault["msg"])
     return message.removeprefix("Value error, ").partition(", unable to")[0]
 
 
@@ -229,14 +228,16 @@ def _fields() -> dict[str, str]:
     return fields
 
 
+_FIELDS: Final = _fields()
+
+
 def _with_entry(settings: Settings, entry: _Entry, path: Path) -> CatalogueModel:
     folder = path.absolute().parent
-    fields = _fields()
     dumped = entry.model_dump(exclude={"defaults"}) | {
         f"defaults.{name}": value for name, value in entry.defaults.model_dump().items()
     }
     changes: dict[str, Any] = {
-        setting: dumped[field] for setting, field in fields.items() if dumped[field] is not None
+        setting: dumped[field] for setting, field in _FIELDS.items() if dumped[field] is not None
     }
     changes |= {name: folder / changes[name] for name in _PATHS if name in changes}
     changes["model"] = _source(entry.source, folder)
@@ -249,7 +250,7 @@ def _with_entry(settings: Settings, entry: _Entry, path: Path) -> CatalogueModel
         changes.setdefault("lora_s3_prefix", "")
     # A value that the operator has set for all models is named as such.
     shared = settings.model_fields_set - changes.keys()
-    own_fields = {setting: field for setting, field in fields.items() if setting not in shared}
+    own_fields = {setting: field for setting, field in _FIELDS.items() if setting not in shared}
     origin = Origin(f"{path}: entry {changes['model_name']}", own_fields)
     return CatalogueModel(changes["model_name"], settings.of_entry(origin, changes))
 

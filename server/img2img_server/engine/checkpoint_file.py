@@ -16,7 +16,7 @@ from img2img_server.engine.checkpoint import (
     describe_unet,
 )
 from img2img_server.engine.checkpoint_flow import describe_flow
-from img2img_server.engine.family import ModelError
+from img2img_server.engine.family import INDEX, ModelError
 from img2img_server.engine.file_kinds import format_of
 from img2img_server.engine.tensor_names import DENOISER, first_names, full_name
 from img2img_server.engine.weight_files import (
@@ -61,7 +61,7 @@ def read_checkpoint(path: Path, *, allow_pickles: bool = False) -> Checkpoint:
 
 def _fault_of_other(path: Path) -> str:
     """Returns the end of a sentence about a file that has not the name of a checkpoint."""
-    if path.name == "model_index.json":
+    if path.name == INDEX:
         return f"is the index of a model: name its folder, {path.parent}"
     check_kind(path)
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from img2img_server.engine.checkpoint import Shapes, clip_text, count
+from img2img_server.engine.family import INDEX
 
 # The names of text encoders in ComfyUI, by the part of the pipeline.
 TEXT_ENCODERS: Final[Mapping[str, Mapping[str, str]]] = {
@@ -49,7 +50,7 @@ def inside(family: str, part: str) -> str:
 def folder_of(parts_dir: Path, family: str) -> Path:
     """Returns the folder with the parts of a family: its own in the folder of all parts, or the
     folder itself if it is that of a model."""
-    return parts_dir if (parts_dir / "model_index.json").is_file() else parts_dir / family
+    return parts_dir if (parts_dir / INDEX).is_file() else parts_dir / family
 
 
 def file_of(parts_dir: Path, family: str, part: str) -> Path | None:

@@ -23,6 +23,8 @@ from img2img_server.errors import OperatorError
 from img2img_server.setting_files import read_bytes, read_text
 from img2img_server.setting_names import variable
 
+# The file of a model in diffusers' layout that names its parts.
+INDEX: Final = "model_index.json"
 # Names of models of Stable Diffusion that are distilled to few steps, in lower case. The library
 # PyTorch Lightning is in the paths of models that were trained with it.
 DISTILLED: Final = re.compile(r"(?<!torch[-_])lightning(?![-_]logs)|hyper[-_ ]?sd")
@@ -85,7 +87,7 @@ class ModelFiles:
         Raises:
             ModelError: One of the files cannot be read.
         """
-        index = read_json(folder / "model_index.json")
+        index = read_json(folder / INDEX)
         configs = {}
         for name in index:
             for file in ("config.json", "scheduler_config.json"):

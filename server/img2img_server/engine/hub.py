@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from img2img_server.domain.hub_id import HubId
-from img2img_server.engine.family import ModelError, ModelFiles
+from img2img_server.engine.family import INDEX, ModelError, ModelFiles
 from img2img_server.engine.weight_files import choose_weights, refuse_pickle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-INDEX: Final = "model_index.json"
 TOML: Final = "img2img.toml"
 # A hub that has not answered after this time is reported. A download has no limit while bytes
 # arrive.

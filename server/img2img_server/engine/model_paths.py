@@ -6,11 +6,10 @@ import re
 from pathlib import Path
 from typing import Final
 
-from img2img_server.engine.family import ModelError, read_json
+from img2img_server.engine.family import INDEX, ModelError, read_json
 from img2img_server.engine.file_kinds import kind_of_tensors, other_formats
 from img2img_server.engine.weight_files import read_header
 
-INDEX: Final = "model_index.json"
 _MOST_FILES: Final = 5
 
 

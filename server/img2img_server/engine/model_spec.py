@@ -25,7 +25,6 @@ can be NAME.toml. Every entry has a default:
 from __future__ import annotations
 
 import math
-import re
 import tomllib
 from dataclasses import dataclass, fields
 from importlib import resources
@@ -43,11 +42,12 @@ from img2img_server.domain.strength import StrengthRule
 from img2img_server.engine.checkpoint_file import read_checkpoint, toml_of
 from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS
-from img2img_server.engine.family import ModelError, ModelFamily, ModelFiles
-from img2img_server.engine.model_paths import INDEX, fault_of_path, hint_of_folder
+from img2img_server.engine.family import INDEX, ModelError, ModelFamily, ModelFiles
+from img2img_server.engine.model_paths import fault_of_path, hint_of_folder
 from img2img_server.engine.options import sizes
 from img2img_server.engine.weight_files import is_pickle, refuse_pickle
 from img2img_server.setting_files import read_text
+from img2img_server.setting_names import in_words_of_settings
 
 DEFAULT_MODEL = "atelier"
 
@@ -259,7 +259,7 @@ def read_model_spec(
             return ModelSpec(source=source, name=defaults.model_name or hub_id.repo)
         toml = defaults.over(_read_toml(found.path / "img2img.toml"))
         return _spec(source, hub_id.repo, toml, found.files, defaults)
-    if not (folder / "model_index.json").is_file():
+    if not (folder / INDEX).is_file():
         raise ModelError(
             f"{folder} is no diffusers model: it has no {INDEX}{hint_of_folder(folder)}"
         )
@@ -344,4 +344,4 @@ def _sentence(fault: ErrorDetails) -> str:
         place = fault["loc"][:-1]
         part = _File.model_fields[str(place[0])].annotation if place else _File
         return f"there is no such entry; there are {', '.join(getattr(part, 'model_fields', ()))}"
-    return re.sub("^(Input|String|Value) should", "must", fault["msg"])
+    return in_words_of_settings(fault["msg"])

@@ -12,6 +12,13 @@ from typing import Self
 _SIZE = re.compile(r"(\d+)x(\d+)")
 
 
+def vae_folder(vae_dir: Path) -> Path:
+    """Returns the folder of an autoencoder: the one that is named if it has a config.json, else its
+    subfolder vae.
+    """
+    return vae_dir if (vae_dir / "config.json").is_file() else vae_dir / "vae"
+
+
 class Compile(StrEnum):
     """The part of the denoiser that torch.compile compiles: nothing, its blocks, or all of it."""
 

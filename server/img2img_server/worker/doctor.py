@@ -15,7 +15,7 @@ from typing import Any
 
 from img2img_server.engine.catalogue import read_catalogue
 from img2img_server.engine.family import ModelError
-from img2img_server.engine.options import EngineOptions, limit_spinning, sizes
+from img2img_server.engine.options import EngineOptions, limit_spinning, sizes, vae_folder
 from img2img_server.engine.tensor_names import IGNORED, first_names
 from img2img_server.engine.weight_files import choose_weights
 from img2img_server.exit_reason import reasons_of
@@ -194,8 +194,7 @@ def _file_of(weight: str, source: str, options: EngineOptions) -> str:
     part = weight.partition(":")[0]
     folder = Path(source) / part
     if part == "vae" and options.vae_dir is not None:
-        folder = options.vae_dir
-        folder = folder if (folder / "config.json").is_file() else folder / part
+        folder = vae_folder(options.vae_dir)
     if not folder.is_dir():
         return source
     chosen = choose_weights([it.name for it in folder.iterdir()])

@@ -23,7 +23,13 @@ from img2img_server.engine.diffusers.parts import load_part, load_parts
 from img2img_server.engine.diffusers.placement import log_parts, modules, place
 from img2img_server.engine.diffusers.single_file import load_single_file
 from img2img_server.engine.family import ModelError, ModelFiles, about_setting, read_json
-from img2img_server.engine.options import Compile, ModelOptions, Quantization, TinyVaeUse
+from img2img_server.engine.options import (
+    Compile,
+    ModelOptions,
+    Quantization,
+    TinyVaeUse,
+    vae_folder,
+)
 from img2img_server.extras import install_command
 
 _MOST_SHAPES = 4096  # limit of compiled shapes: image sizes x batch sizes x kinds of block
@@ -131,17 +137,15 @@ def _assemble(family: Family, model: LocalModel, dtype: torch.dtype, options: Mo
 def _own_vae(folder: Path, files: ModelFiles, dtype: torch.dtype, allow_pickles: bool) -> Any:
     """Returns the autoencoder of a folder, of the class that the model has."""
     entry = files.parts.get("vae", ("diffusers", "AutoencoderKL"))
-    name = "vae"
-    if (folder / "config.json").is_file():
-        folder, name = folder.parent, folder.name
-    elif not (folder / name).is_dir():
+    own = vae_folder(folder)
+    if not own.is_dir():
         raise ModelError(
             f"{folder} has no config.json and no folder vae: fetch an autoencoder in diffusers' "
             "layout, with its config.json",
             setting="vae_dir",
         )
     with about_setting("vae_dir"):
-        return load_part(name, entry, folder, dtype, None, allow_pickles)
+        return load_part(own.name, entry, own.parent, dtype, None, allow_pickles)
 
 
 def _quantization(wanted: Quantization) -> Any:
@@ -253,7 +257,9 @@ def _try_compiler(device: torch.device, wanted: Compile) -> None:
 def _tiny(source: str, dtype: torch.dtype) -> Any:
     if not source:
         return None
-    class_name = read_json(Path(source) / "config.json").get("_class_name", "AutoencoderTiny")
+    with about_setting("tiny_vae"):
+        config = read_json(Path(source) / "config.json")
+    class_name = config.get("_class_name", "AutoencoderTiny")
     if class_name != "AutoencoderTiny":
         raise ModelError(
             f"{source} has an autoencoder of the class {class_name}, which is not a tiny one "

@@ -14,7 +14,12 @@ from img2img_server.engine.checkpoint_text import file_of, folder_of
 from img2img_server.engine.device import choose_dtype
 from img2img_server.engine.diffusers.local_model import LocalModel
 from img2img_server.engine.family import about_setting
-from img2img_server.engine.options import EngineOptions, Quantization, TextEncoderPlacement
+from img2img_server.engine.options import (
+    EngineOptions,
+    Quantization,
+    TextEncoderPlacement,
+    vae_folder,
+)
 from img2img_server.engine.weight_files import TensorEntry, read_header, weights_of
 
 
@@ -56,9 +61,7 @@ def _part_size(model: LocalModel, name: str, options: EngineOptions, device: tor
         width = 1
     pickles = options.allow_pickles
     if name == "vae" and options.vae_dir is not None:
-        is_vae = (options.vae_dir / "config.json").is_file()
-        folder = options.vae_dir if is_vae else options.vae_dir / name
-        return _other_size("vae_dir", folder, width, pickles)
+        return _other_size("vae_dir", vae_folder(options.vae_dir), width, pickles)
     if model.checkpoint is None:
         return _folder_size(model.path / name, width, pickles)
     if name in model.checkpoint.prefixes:

@@ -35,7 +35,7 @@ from img2img_server.domain.violations import Reason, Violation
 from img2img_server.gateway.http import event_stream, request_ids
 from img2img_server.gateway.http.callers import header_key
 from img2img_server.gateway.http.event_stream import PING, paced
-from img2img_server.gateway.http.http_request import find_key, link_base, read_json
+from img2img_server.gateway.http.http_request import find_key, link_base
 from img2img_server.gateway.openapi import BODY, WITH_TOKEN, outcomes
 from img2img_server.gateway.upstream import ENDED, Creation, Upstream
 from img2img_server.gateway.v1 import job_lists, job_requests, protojson, unknown_fields
@@ -186,7 +186,7 @@ class Endpoints:
     async def cancel_job(self, request: Request, job_id: JobId) -> Response:
         """Ends a queued job at once and a running one at its next step, as CancelJob does over
         gRPC."""
-        key = await self._key_of_body(request)
+        key = await unknown_fields.key_of_body(request, self._upstream.caller)
         return protojson.response(
             service_pb2.CancelJobResponse(job=await self._upstream.cancel(key, job_id))
         )
@@ -194,7 +194,7 @@ class Endpoints:
     async def create_stream_token(self, request: Request, job_id: JobId) -> Response:
         """Returns a token for /v1/jobs/{id}/events, as CreateStreamToken does over gRPC. Give it
         to a page in a browser as `?token=`: an EventSource sends no headers."""
-        key = await self._key_of_body(request)
+        key = await unknown_fields.key_of_body(request, self._upstream.caller)
         return protojson.response(await self._upstream.stream_token(key, job_id))
 
     async def watch_job(
@@ -229,13 +229,6 @@ class Endpoints:
         events = self._upstream.watch(key, job_id, after)
         first = await anext(events)  # Errors are reported before the stream begins.
         return EventSourceResponse(self._frames(first, events), headers=event_stream.HEADERS)
-
-    async def _key_of_body(self, request: Request) -> str:
-        """Returns the key of a request whose body has no other field."""
-        sent = await read_json(request, unique=True)
-        key = find_key(request, sent)
-        await unknown_fields.refuse(request, partial(self._upstream.caller, key), sent)
-        return key
 
     async def _refuse_unknown(
         self, request: Request, key: str, known: Collection[str] = ()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
 
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 from img2img_server.domain.violations import Violation
+from img2img_server.gateway.http.http_request import find_key, read_json
 from img2img_server.gateway.v1 import protojson
 
 
@@ -34,6 +36,21 @@ async def refuse(
     if wrong:
         await check_key()
         raise RequestError(ErrorKind.FIELDS, violations=wrong)
+
+
+async def key_of_body(request: Request, check_key: Callable[[str], Awaitable[object]]) -> str:
+    """Returns the key of a request whose body has no other field.
+
+    Args:
+        check_key: Raises RequestError for a wrong key.
+
+    Raises:
+        RequestError: INVALID_JSON, FIELDS, and that of the key.
+    """
+    sent = await read_json(request, unique=True)
+    key = find_key(request, sent)
+    await refuse(request, partial(check_key, key), sent)
+    return key
 
 
 def in_query(request: Request, known: Collection[str] = ()) -> list[Violation]:

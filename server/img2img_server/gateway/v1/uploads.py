@@ -86,9 +86,7 @@ class Endpoints:
 
     async def complete_upload(self, request: Request, upload_id: UploadId) -> Response:
         """Checks the file that was sent to `put_url`, as CompleteUpload does over gRPC."""
-        sent = await read_json(request, unique=True)
-        key = find_key(request, sent)
-        await unknown_fields.refuse(request, partial(self._upstream.caller, key), sent)
+        key = await unknown_fields.key_of_body(request, self._upstream.caller)
         return protojson.response(await self._upstream.complete_upload(key, upload_id))
 
     async def delete_upload(self, request: Request, upload_id: UploadId) -> Response:
