@@ -11,13 +11,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from img2img_server.engine.family import DISTILLED, ModelError, ModelFiles
 from img2img_server.engine.file_kinds import kind_of_tensors
 from img2img_server.engine.tensor_names import DENOISER, HARMLESS_IN_CHECKPOINT, first_names
 
 Shapes = Mapping[str, tuple[int, ...]]
+Value = TypeVar("Value")
 
 UNET: Final = DENOISER
 VAE: Final = "first_stage_model."
@@ -59,6 +60,16 @@ class Checkpoint:
 
     files: ModelFiles
     prefixes: Mapping[str, str]
+
+    def held(self, tensors: Mapping[str, Value], part: str) -> dict[str, Value]:
+        """Returns those of a file's tensors, by their full names, that are of a part."""
+        prefix = self.prefixes[part]
+        others = tuple(it for it in self.prefixes.values() if len(it) > len(prefix))
+        return {
+            name: value
+            for name, value in tensors.items()
+            if name.startswith(prefix) and not name.startswith(others)
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

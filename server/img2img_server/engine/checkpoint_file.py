@@ -5,12 +5,12 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
 from img2img_server.engine.checkpoint import (
     Checkpoint,
     Hints,
     Shapes,
+    Value,
     check_known,
     complete,
     describe_unet,
@@ -27,8 +27,6 @@ from img2img_server.engine.weight_files import (
     refuse_pickle,
 )
 from img2img_server.setting_files import read_text
-
-Value = TypeVar("Value")
 
 
 def read_checkpoint(path: Path, *, allow_pickles: bool = False) -> Checkpoint:

@@ -86,7 +86,7 @@ class Group:
 
     @property
     def changes_weight(self) -> bool:
-        """Returns whether it has more than a change of the bias."""
+        """Whether the group changes the weight of the layer, not only its bias."""
         return not self.tensors.keys() <= _EXTRA_ROLES
 
     @property

@@ -12,8 +12,8 @@ from img2img_server.engine.diffusers.lora_branch import Branches, Group
 from img2img_server.engine.diffusers.lora_layers import Part, content_of
 from img2img_server.engine.diffusers.lora_weights import WrittenLoras
 
-# A GPU takes a larger batch for little more, so a branch pays unless it has half the work of its
-# layers. On a CPU a larger batch saves hardly anything: only a branch that is hardly noticed pays,
+# On a GPU a larger batch costs little, so computing a LoRA next to the layers is faster up to half
+# of their work. On a CPU a larger batch saves hardly any time: it is faster only up to a twentieth,
 # because no weights are written when the next row has another LoRA.
 _MOST_WORK, _MOST_WORK_ON_A_CPU = 0.5, 0.05
 

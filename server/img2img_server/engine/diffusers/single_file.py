@@ -110,13 +110,7 @@ def load_single_file(
         config = checkpoint.files.config(name)
         where = f"the {name} in {path}"
         if name in checkpoint.prefixes:
-            prefix = checkpoint.prefixes[name]
-            others = tuple(it for it in checkpoint.prefixes.values() if len(it) > len(prefix))
-            own = {
-                key: it
-                for key, it in tensors.items()
-                if key.startswith(prefix) and not key.startswith(others)
-            }
+            prefix, own = checkpoint.prefixes[name], checkpoint.held(tensors, name)
             if entry[0] == "diffusers":
                 quantiser = quantization if name == family.denoiser else None
                 parts[name] = _network(where, entry[1], config, own, dtype, quantiser)

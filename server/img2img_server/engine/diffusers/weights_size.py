@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from img2img_server.engine.checkpoint import Checkpoint
+from img2img_server.engine.checkpoint import Shapes
 from img2img_server.engine.checkpoint_file import read_shapes
 from img2img_server.engine.checkpoint_text import file_of, folder_of
 from img2img_server.engine.device import choose_dtype
@@ -30,8 +30,9 @@ def weights_size(model: LocalModel, options: EngineOptions, device: torch.device
     Raises:
         ModelError: A file of weights is missing or damaged.
     """
+    shapes = read_shapes(model.path) if model.checkpoint is not None else {}
     parts = sum(
-        _part_size(model, name, options, device)
+        _part_size(model, name, shapes, options, device)
         for name in model.family.parts(model.files)
         if not _stays_on_host(name, model, options, device)
     )
@@ -51,7 +52,14 @@ def _stays_on_host(
     return name.startswith("text_encoder") and not placed
 
 
-def _part_size(model: LocalModel, name: str, options: EngineOptions, device: torch.device) -> int:
+def _part_size(
+    model: LocalModel, name: str, shapes: Shapes, options: EngineOptions, device: torch.device
+) -> int:
+    """Returns the size of a part.
+
+    Args:
+        shapes: The shapes of the tensors of a single file.
+    """
     is_denoiser = name == model.family.denoiser
     if is_denoiser and options.gguf_file is not None:
         with about_setting("gguf_file"):
@@ -65,7 +73,7 @@ def _part_size(model: LocalModel, name: str, options: EngineOptions, device: tor
     if model.checkpoint is None:
         return _folder_size(model.path / name, width, pickles)
     if name in model.checkpoint.prefixes:
-        return _held_size(model.path, model.checkpoint, name, width)
+        return sum(map(math.prod, model.checkpoint.held(shapes, name).values())) * width
     if options.model_parts_dir is None:
         return 0
     folder = folder_of(options.model_parts_dir, model.family.name) / name
@@ -73,18 +81,6 @@ def _part_size(model: LocalModel, name: str, options: EngineOptions, device: tor
         return _other_size("model_parts_dir", folder, width, pickles)
     file = file_of(options.model_parts_dir, model.family.name, name)
     return _other_size("model_parts_dir", file, width, pickles) if file else 0
-
-
-def _held_size(path: Path, checkpoint: Checkpoint, name: str, width: int) -> int:
-    """Returns the size of a part that a single file holds."""
-    prefix = checkpoint.prefixes[name]
-    others = tuple(it for it in checkpoint.prefixes.values() if len(it) > len(prefix))
-    held = (
-        math.prod(shape)
-        for key, shape in read_shapes(path).items()
-        if key.startswith(prefix) and not key.startswith(others)
-    )
-    return sum(held) * width
 
 
 def _other_size(setting: str, path: Path, width: int, allow_pickles: bool = False) -> int:
