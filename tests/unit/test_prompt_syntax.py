@@ -7,7 +7,7 @@ import pytest
 from img2img_server.domain.params import JobParams, ValidationContext, validate
 from img2img_server.domain.prompt_syntax import (
     Fragment,
-    doubts,
+    ambiguous_syntax,
     parse,
     plain_text,
     without_breaks,
@@ -83,7 +83,7 @@ def test_sections_are_joined_with_a_space_in_place_of_each_break() -> None:
     ],
 )
 def test_syntax_that_is_read_as_text_is_named(prompt: str, expected: list[str]) -> None:
-    assert list(doubts(prompt)) == expected
+    assert list(ambiguous_syntax(prompt)) == expected
 
 
 def test_the_longest_prompt_of_brackets_is_read_quickly() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from img2img_server.domain.prompt_syntax import MAX_FADED, MAX_WEIGHT, parse
+from img2img_server.domain.prompt_syntax import MAX_REDUCED_WEIGHTS, MAX_WEIGHT, parse
 from img2img_server.domain.schedulers import model_runs
 from img2img_server.domain.strength import StrengthMode, StrengthRule
 from img2img_server.domain.urls import (
@@ -225,9 +225,13 @@ def _weights(name: str, text: str) -> Iterator[Violation]:
     elif not all(weight >= 0 for weight in weights):
         message = f"{name} must not have weights below 0: name what to avoid in negative_prompt"
         yield Violation(name, Reason.OUT_OF_RANGE, message, values={"min": "0", "max": most})
-    elif sum(weight < 1 for weight in weights) > MAX_FADED:
-        message = f"{name} must not have more than {MAX_FADED} parts with a weight below 1"
-        yield Violation(name, Reason.TOO_MANY, message, values={"max_entries": str(MAX_FADED)})
+    elif sum(weight < 1 for weight in weights) > MAX_REDUCED_WEIGHTS:
+        message = (
+            f"{name} must not have more than {MAX_REDUCED_WEIGHTS} parts with a weight below 1"
+        )
+        yield Violation(
+            name, Reason.TOO_MANY, message, values={"max_entries": str(MAX_REDUCED_WEIGHTS)}
+        )
 
 
 def _side(name: str, value: int, limits: Limits) -> Iterator[Violation]:

@@ -1,7 +1,7 @@
 """Reads weighted prompts: `(words:1.3)`, `(words)` for 1.1, `[words]` for 1/1.1, and BREAK, which
 begins a new chunk. Brackets can be nested, their weights are multiplied; a backslash before a
-bracket makes it a character of the text. A bracket without its partner is one too, and a weight
-that is no number is text; `doubts` names them.
+bracket makes it a character of the text. A bracket without its partner is a character too, and a
+weight that is no number is text; `ambiguous_syntax` names such brackets and weights.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from typing import Final, NamedTuple
 
 MAX_WEIGHT: Final = 10.0
 # Fragments with a weight below 1: for each of them, the text encoders run once more.
-MAX_FADED: Final = 32
+MAX_REDUCED_WEIGHTS: Final = 32
 _STRESS: Final = 1.1
 _PARTS: Final = re.compile(r"\\[()\[\]\\]|[()\[\]]|\bBREAK\b|[^()\[\]\\B]+|.", re.DOTALL)
 _WEIGHT: Final = re.compile(r":\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*$")
 # Texts that may be meant as weights: 1,3 or 1.3.1 or 130% or nan.
-_MEANT: Final = re.compile(r":\s*([+-]?(?:[\d.,][^\s:]*|nan|inf|infinity))\s*$", re.IGNORECASE)
+_MAYBE_WEIGHT: Final = re.compile(
+    r":\s*([+-]?(?:[\d.,][^\s:]*|nan|inf|infinity))\s*$", re.IGNORECASE
+)
 _CLOSES: Final = {"(": ")", "[": "]"}
 _MOST_NAMED: Final = 3
 _MOST_CHARACTERS: Final = 20
@@ -66,7 +68,7 @@ class _Pieces:
         if opened.bracket == "(" and last is not None and (found := _WEIGHT.search(last)):
             weight = float(found[1])
             self._texts[-1] = last[: found.start()]
-        elif last is not None and (found := _MEANT.search(last)):
+        elif last is not None and (found := _MAYBE_WEIGHT.search(last)):
             (self.no_numbers if opened.bracket == "(" else self.unused).append(found[1])
         if opened.place == len(self._texts) - 1:  # The brackets are empty.
             self._texts.pop()
@@ -92,7 +94,7 @@ def parse(prompt: str) -> Sections:
     return tuple(section for section in _sections(pieces) if section) or ((),)
 
 
-def doubts(prompt: str) -> Iterator[str]:
+def ambiguous_syntax(prompt: str) -> Iterator[str]:
     """Yields a sentence for each kind of syntax that is read as text although it may be meant
     otherwise.
     """

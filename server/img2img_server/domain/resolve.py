@@ -9,7 +9,7 @@ from typing import Any
 
 from img2img_server.domain.models import Guidance, ModelInfo
 from img2img_server.domain.params import ImageFormat, JobParams, Limits
-from img2img_server.domain.prompt_syntax import doubts
+from img2img_server.domain.prompt_syntax import ambiguous_syntax
 from img2img_server.domain.schedulers import model_runs
 from img2img_server.domain.strength import StrengthMode, StrengthRule
 from img2img_server.domain.warnings import no_preview
@@ -171,8 +171,8 @@ def _weights_as_text(params: JobParams, model: ModelInfo) -> Iterator[str]:
         )
         return
     for name in ("prompt", "negative_prompt"):
-        for doubt in doubts(getattr(params, name)):
-            yield f"In {name}, {doubt}."
+        for sentence in ambiguous_syntax(getattr(params, name)):
+            yield f"In {name}, {sentence}."
 
 
 def _without_effect(params: JobParams, model: ModelInfo) -> Iterator[str]:
