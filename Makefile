@@ -28,7 +28,7 @@ serve: .venv/.local ## Run the whole service on this machine until Ctrl-C
 setup: .venv/.dev $(if $(WITH_NPM),node_modules/.installed) ## Install everything for development
 
 test: setup .tools/helm .tools/debian/.java ## Run all tests
-	$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 check: setup ## Check lint, types, imports and generated files; change nothing
 	$(BIN)/ruff check .

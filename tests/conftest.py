@@ -51,9 +51,6 @@ def group_of(test: str) -> str:
     path = PurePosixPath(test.partition("::")[0])
     name = path.stem.removeprefix("test_")
     is_measure = path.parent.name == "integration" and name.startswith(MEASURES)
-    if name == "http_contract_openapi":
-        # It has one test, of a minute and a half: large groups begin first.
-        return str(path.with_name("test_http_contract_fields.py"))
     return "measures" if is_measure else str(path)
 
 
