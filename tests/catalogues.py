@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -40,6 +41,7 @@ class FakeLoader:
         wrong: Why a model cannot be loaded, by name.
         device_bytes: The bytes at which a load fails for lack of memory; 0: never.
         loads: The models that were loaded, in order.
+        load_times: When each of them was loaded, in seconds since 1970.
         most_bytes: The most bytes that were loaded at a time.
     """
 
@@ -50,6 +52,7 @@ class FakeLoader:
     wrong: dict[str, str] = field(default_factory=dict)
     device_bytes: int = 0
     loads: list[str] = field(default_factory=list)
+    load_times: list[float] = field(default_factory=list)
     most_bytes: int = 0
     engines: dict[str, weakref.ref[FakeEngine]] = field(default_factory=dict)
 
@@ -84,6 +87,7 @@ class FakeLoader:
         engine = self.make(model.name)
         self.engines[model.name] = weakref.ref(engine)
         self.loads.append(model.name)
+        self.load_times.append(time.time())
         self.most_bytes = max(self.most_bytes, self.bytes_now)
         return LoadedModel(engine, FixedSafetyChecker(0.0), size)
 
