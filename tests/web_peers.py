@@ -94,7 +94,8 @@ async def serving(*routes: web.RouteDef) -> AsyncIterator[int]:
     """Yields the port of an HTTP server on 127.0.0.1."""
     app = web.Application(client_max_size=2**26)
     app.add_routes(routes)
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
+    # By default, a connection that is opened while the server stops keeps it for a minute.
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()

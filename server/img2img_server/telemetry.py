@@ -43,6 +43,9 @@ from img2img_server.tracing import trace_id
 
 # seconds between the callbacks whose lag is measured
 LAG_INTERVAL_SECONDS: Final = 0.1
+# A stopping role waits this long for the responses of its probe server. aiohttp's default is a
+# minute, which a connection that is opened during the stop would use up.
+PROBES_STOP_SECONDS: Final = 1.0
 
 log = structlog.get_logger()
 
@@ -380,7 +383,9 @@ async def probe_server(
     app.add_routes(
         [web.get("/metrics", metrics), web.get("/livez", livez), web.get("/readyz", readyz)]
     )
-    runner = web.AppRunner(app, access_log=None, handle_signals=False)
+    runner = web.AppRunner(
+        app, access_log=None, handle_signals=False, shutdown_timeout=PROBES_STOP_SECONDS
+    )
     await runner.setup()
     try:
         (*_, listener) = listeners("worker", settings)

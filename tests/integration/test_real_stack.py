@@ -89,7 +89,7 @@ async def test_the_same_seed_gives_the_same_image_by_bytes_and_by_url(
 
     app = web.Application()
     app.add_routes([web.get("/photo.jpg", photo), web.get("/moved", moved)])
-    runner = web.AppRunner(app)
+    runner = web.AppRunner(app, shutdown_timeout=1.0)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()

@@ -42,6 +42,22 @@ async def test_the_version_of_a_role_is_a_label() -> None:
     assert f'img2img_build_info{{role="gateway",version="{__version__}"}} 1.0' in text
 
 
+async def test_a_stopping_role_does_not_wait_for_probes_without_a_response() -> None:
+    asked, requests = asyncio.Event(), []
+
+    async def never() -> str:
+        asked.set()
+        await asyncio.Event().wait()
+        return ""
+
+    async with asyncio.timeout(30), aiohttp.ClientSession() as session:
+        async with probe_server(settings(metrics_port=0), "api", never) as address:
+            requests.append(asyncio.create_task(session.get(f"http://{address}/readyz")))
+            await asked.wait()
+        (outcome,) = await asyncio.gather(*requests, return_exceptions=True)
+    assert isinstance(outcome, aiohttp.ClientConnectionError)
+
+
 def test_a_counter_of_an_alert_begins_with_zero_for_each_value() -> None:
     counter = Counter("img2img_test_of_zero_total", "A test.", ["model", "state"], registry=None)
     count_from_zero(counter, ["a", "b"], ["failed"])

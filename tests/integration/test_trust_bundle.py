@@ -69,7 +69,7 @@ async def bucket_with_tls(folder: Path) -> AsyncIterator[int]:
     context.load_cert_chain(folder / "own.pem", folder / "key.pem")
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", found)
-    runner = web.AppRunner(app)
+    runner = web.AppRunner(app, shutdown_timeout=1.0)
     await runner.setup()
     try:
         await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
