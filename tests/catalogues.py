@@ -42,6 +42,7 @@ class FakeLoader:
         device_bytes: The bytes at which a load fails for lack of memory; 0: never.
         loads: The models that were loaded, in order.
         load_times: When each of them was loaded, in seconds since 1970.
+        unloads: The models that were unloaded, in order.
         most_bytes: The most bytes that were loaded at a time.
     """
 
@@ -53,6 +54,7 @@ class FakeLoader:
     device_bytes: int = 0
     loads: list[str] = field(default_factory=list)
     load_times: list[float] = field(default_factory=list)
+    unloads: list[str] = field(default_factory=list)
     most_bytes: int = 0
     engines: dict[str, weakref.ref[FakeEngine]] = field(default_factory=dict)
 
@@ -93,6 +95,7 @@ class FakeLoader:
 
     async def unload(self, model: LoadedModel, seconds: float = 0.0) -> None:
         assert isinstance(model.engine, FakeEngine)
+        self.unloads += [name for name, it in self.engines.items() if it() is model.engine]
         model.engine.release()
         await asyncio.to_thread(model.engine.stop)
 
@@ -191,7 +194,7 @@ async def run_over_a_swap(
 
 async def announced(bus: Bus, model: str, state: ModelState, worker: str = "w1") -> WorkerInfo:
     """Waits until a worker announces a model in that state."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while True:
             for each in await bus.workers.announced():
                 if (each.name, each.model_state) == (f"{worker}/{model}", state):

@@ -6,7 +6,7 @@ import asyncio
 
 import aiohttp
 
-SECONDS = 20.0
+SECONDS = 60.0
 
 
 async def readiness(port: int) -> tuple[int, str]:

@@ -12,7 +12,7 @@ from aiohttp import web
 from web_peers import serving
 
 SECRET = "whsec_bG9jYWwtdGVzdC1zZWNyZXQtMzItYnl0ZXMtbG9uZyE="
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from img2img_server.webhooks.signature import Signer
 from img2img_server.worker.server import work
 
 Fetch = Callable[[str], Awaitable[bytes]]
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 60.0
 DEV = (("authorization", "Bearer dev-key"),)
 
 

@@ -25,7 +25,7 @@ from tests.http_stack import ENTERPRISE, body, served_gateway
 from tests.stack import Stack, running_api, settings
 
 KEY = {"Authorization": "Bearer dev-key"}
-SECONDS = 20.0
+SECONDS = 60.0
 
 
 async def api_trouble(channel: grpc.aio.Channel) -> str:

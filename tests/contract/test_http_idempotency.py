@@ -59,7 +59,7 @@ async def test_overlapping_posts_at_two_gateways_get_the_same_job() -> None:
         gateway_before(one.stack) as two,
     ):
         posting = [asyncio.create_task(post(each, "same")) for each in (one, two, one)]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not await listed(one, "same"):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         one.stack.worker.engine.release()
@@ -84,7 +84,7 @@ async def test_a_caller_whose_gateway_was_lost_finds_the_job_by_its_key() -> Non
     async with running_stack(FakeEngine(hold_after=1), fetch=_photo) as stack:
         async with gateway_before(stack) as lost:
             posting = asyncio.create_task(post(lost, "before the crash"))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while not (found := await listed(lost, "before the crash")):  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
             posting.cancel()

@@ -32,7 +32,7 @@ from img2img_server.interfaces.queue import (
 from img2img_server.nats.bus import Bus
 
 JOB = 10_000_001
-LONG = 10.0
+LONG = 60.0
 IMAGE = EncodedImage(data=b"\xff\xd8", media_type="image/jpeg", sha256="ab" * 32, width=8, height=8)
 STARTED = Started(worker="worker-1", model="atelier", attempt=1)
 

@@ -45,7 +45,7 @@ from img2img_server.testing.fake_engine import FAKE_MODEL
 
 MODEL = "atelier"
 JOB = 10_000_001
-LONG = 10.0
+LONG = 60.0
 PASSWORD = "of-this-test"
 
 
@@ -108,7 +108,7 @@ async def test_while_the_server_is_away_calls_fail_quickly_and_work_again_later(
         began = time.monotonic()
         calls = await asyncio.gather(
             bus.queue.put(a_job(), MODEL, Lane.REALTIME),
-            bus.queue.pull(MODEL, [Lane.REALTIME], 1, 30.0),
+            bus.queue.pull(MODEL, [Lane.REALTIME], 1, 5 * LONG),
             bus.queue.depth(MODEL, Lane.REALTIME),
             bus.queue.remove(1),
             writer.append(Queued()),

@@ -17,7 +17,7 @@ from img2img_server.nats.bus import Bus
 MODEL = "atelier"
 LANES = (Lane.REALTIME, Lane.BATCH)
 SOON = 0.05  # seconds; long enough to detect a message when none is expected
-LONG = 10.0  # seconds; a timeout that no passing test reaches
+LONG = 60.0  # seconds; a timeout that no passing test reaches
 
 _ids = itertools.count(10_000_001)
 _routes: dict[int, tuple[str, Lane]] = {}  # the position of each job

@@ -20,7 +20,7 @@ from img2img_server.testing.memory_webhooks import MemoryWebhookOutbox
 LIMIT = 3
 ACK_WAIT_SECONDS = 0.5
 SOON = 0.05  # seconds; long enough to detect a message when none is expected
-LONG = 10.0  # seconds; a timeout that no passing test reaches
+LONG = 60.0  # seconds; a timeout that no passing test reaches
 
 OpenOutbox = Callable[[], AbstractAsyncContextManager[WebhookOutbox]]
 

@@ -181,7 +181,7 @@ async def test_a_record_that_cannot_be_read_kills_no_worker_and_goes_to_the_dead
         async with running_worker(broken, name="w2", config=settings(max_attempts=2)):
             good = [m async for m in api.generate(spec())]
             assert kinds(good)[-1] == "succeeded"
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 while not bus.queue.dead:  # type: ignore[attr-defined]  # noqa: ASYNC110
                     await asyncio.sleep(0.001)
             assert [job.job_id for job, _ in bus.queue.dead] == [bad.id]  # type: ignore[attr-defined]

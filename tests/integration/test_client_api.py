@@ -34,7 +34,7 @@ from tests.stack import photo, running_api, running_stack, running_worker, setti
 REQUEST: dict[str, Any] = {"prompt": "a harbour", "width": 256, "height": 256, "seed": 1}
 RETRY = Retry(first_delay_seconds=0.01)
 COMMAND = [sys.executable, "-c", "from img2img_client.cli import main; main()"]
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 60.0
 
 
 def client(address: str, key: str = "dev-key") -> AsyncClient:

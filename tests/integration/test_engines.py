@@ -25,7 +25,7 @@ from img2img_server.nats.connection import connect
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.storage.s3_blobs import connect_blobs
 
-LONG = 20.0
+LONG = 60.0
 KEY = "generations/5f0c-0.png"
 
 

@@ -91,7 +91,7 @@ async def test_a_body_without_end_is_cut_at_the_limit() -> None:
         limits = Limits(max_image_bytes=2**20)
         with pytest.raises(InvalidImageError, match="must not be larger than 1 MB") as caught:
             await fetch_image(url, policy=CDN, resolver=names, limits=limits)
-        await asyncio.wait_for(cut.wait(), 5)
+        await asyncio.wait_for(cut.wait(), 30)
     assert not isinstance(caught.value, FetchError)
 
 
@@ -307,11 +307,11 @@ async def test_a_caller_that_gives_up_closes_the_connection() -> None:
     async with server:
         port = server.sockets[0].getsockname()[1]
         task = asyncio.create_task(fetch(f"http://cdn.test:{port}/", CDN, names))
-        await asyncio.wait_for(reached.wait(), 5)
+        await asyncio.wait_for(reached.wait(), 30)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await asyncio.wait_for(left.wait(), 5)
+        await asyncio.wait_for(left.wait(), 30)
 
 
 @pytest.mark.parametrize(

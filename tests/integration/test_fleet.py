@@ -66,7 +66,7 @@ async def ended(api: Api, name: str) -> job_pb2.Job:
 
 async def held(bus: Bus, left: int = 0) -> None:
     """Waits until workers have pulled all jobs but `left`."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while await bus.queue.depth("fake", Lane.REALTIME) > left:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 

@@ -20,7 +20,7 @@ PATH = f"{ENTERPRISE}/img2img"
 STRANGER, OTHER = "127.0.0.2", "127.0.0.3"
 KEY = {"Authorization": "Bearer dev-key"}
 MIB = 2**20
-SECONDS = 20.0
+SECONDS = 60.0
 
 
 class Socket:

@@ -80,7 +80,7 @@ async def test_a_worker_follows_the_prefix_of_its_settings(
     async with connect_blobs(settings) as store:
         await store.prepare(10)
         await put(store, "other/ink.safetensors", b"ink")
-        async with followed_loras(store, settings), asyncio.timeout(10):
+        async with followed_loras(store, settings), asyncio.timeout(30):
             await refreshed.wait()
     assert names(folder) == {"ink.safetensors"}
 
@@ -117,7 +117,7 @@ async def test_files_stay_while_the_bucket_cannot_be_read(
     store = Failing()
     with caplog.at_level(logging.WARNING):
         following = asyncio.create_task(LoraPrefix(store, "loras", tmp_path).follow())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await store.listed.wait()
         following.cancel()
         with suppress(asyncio.CancelledError):

@@ -72,7 +72,7 @@ async def test_a_stop_ends_the_wait_for_the_step_of_a_model_that_is_unloaded(
         job = await api.create(spec(model="a", strength=1.0))
         await read_until(api.watch(job.name), "step")
         await bus.control.command_model(ModelCommand(worker="w1/a", loads=False))
-        await asyncio.wait_for(suspended.wait(), 10)
+        await asyncio.wait_for(suspended.wait(), 30)
         worker.stop.set()
         await api.reaches(job.name, job_pb2.Job.STATE_QUEUED)
 
@@ -217,7 +217,11 @@ async def test_a_model_with_jobs_is_unloaded_after_a_load_only_below_the_least_m
         job = await api.create(spec(model="a", prompt="hold: it", strength=1.0))
         await read_until(api.watch(job.name), "step")
         await run(api, "b")
-        assert loader.loaded == ({"b"} if full else {"a", "b"})
+        # The model is loaded again soon afterwards, because it has a job.
+        async with asyncio.timeout(30):
+            while full and not loader.unloads:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+        assert loader.unloads[:1] == (["a"] if full else [])
         if not full:
             assert (await api.get(job.name)).attempt == 1
 

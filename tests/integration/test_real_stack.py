@@ -69,7 +69,7 @@ async def test_the_checker_that_a_model_brings_blanks_what_it_flags(
     async with stack.worker("strict", **choice), stack.client() as client:
         checked = await client.generate("a cat", PHOTO, model="strict", **SHORT)
         free = await client.generate("a cat", PHOTO, model="strict", safety_checker=False, **SHORT)
-    async with stack.client() as client, asyncio.timeout(10):
+    async with stack.client() as client, asyncio.timeout(30):
         # Until the api detects the loss, the model may still be the default of requests.
         while any(m.name == "strict" and m.workers for m in (await client.capabilities()).models):  # noqa: ASYNC110
             await asyncio.sleep(0.1)
@@ -227,7 +227,7 @@ async def test_bad_input_over_http_is_typed_and_leaves_the_servers_as_they_were(
         before = [server.memory_info().rss for server in servers]
         for _ in range(2):
             await send_all(session)
-        async with asyncio.timeout(10):  # gRPC frees the last messages a moment later.
+        async with asyncio.timeout(30):  # gRPC frees the last messages a moment later.
             while any(  # noqa: ASYNC110
                 server.memory_info().rss - was >= 60 * 2**20
                 for server, was in zip(servers, before, strict=True)

@@ -125,7 +125,7 @@ async def test_a_refusal_ends_the_start_at_once_and_names_the_setting(
     s3: FakeS3, call: str, answer: Answer, setting: str, why: str
 ) -> None:
     s3.answers[call] = answer
-    async with connect_blobs(Settings(**s3.settings())) as blobs, asyncio.timeout(5):
+    async with connect_blobs(Settings(**s3.settings())) as blobs, asyncio.timeout(30):
         with pytest.raises(SettingsError) as caught:
             await blobs.prepare(60.0)
     assert str(caught.value).startswith(f"IMG2IMG_{setting}: ")
@@ -189,7 +189,7 @@ async def test_a_store_that_never_answers_is_given_up_in_the_stated_time(
     monkeypatch.setattr(s3_blobs, "CLOSE_SECONDS", 0.1)
     s3.hangs |= {"PUT object", "GET object"}
     said = "does not answer in time; given up after 0.2 s"
-    async with asyncio.timeout(5), connect_blobs(Settings(**s3.settings())) as blobs:
+    async with asyncio.timeout(30), connect_blobs(Settings(**s3.settings())) as blobs:
         for proof in (blobs.prepare, blobs.start_reading):
             with pytest.raises(StorageError, match=said):
                 await proof(0.2)
@@ -300,7 +300,7 @@ async def test_a_stop_ends_the_wait_for_the_store_at_once() -> None:
         s3_access_key="a",
         s3_secret_key="b" * 8,
     )
-    async with connect_blobs(settings) as blobs, asyncio.timeout(5):
+    async with connect_blobs(settings) as blobs, asyncio.timeout(30):
         asyncio.get_running_loop().call_later(0.05, stop.set)
         with pytest.raises(StoppedError):
             await unless_stopped(stop, blobs.start_reading(60.0))
@@ -331,7 +331,7 @@ async def test_a_store_that_fails_is_probed_until_it_takes_files_again(s3: FakeS
         s3.answers["PUT object"] = Answer(403, "SignatureDoesNotMatch")
         storing = asyncio.create_task(store.put(KEY, b"x", "image/png"))
         calls = len(s3.calls)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while len(s3.calls) < calls + 3:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
             assert store.trouble.startswith("IMG2IMG_S3_SECRET_KEY: ")

@@ -150,7 +150,7 @@ async def test_a_job_that_is_handed_on_without_a_run_loses_no_attempt() -> None:
 
 async def eventually(reached: Callable[[], Awaitable[bool]]) -> None:
     """Polls until the condition is true, for changes without an event."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not await reached():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 

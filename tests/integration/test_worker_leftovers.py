@@ -209,8 +209,8 @@ async def test_a_store_that_does_not_delete_holds_up_no_end_no_job_and_no_stop(
     ):
         failed = [m async for m in api.generate(spec(samples=2))]
         assert failed[-1].event.failed.job.error.reason == "STORAGE_UNAVAILABLE"
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await blobs.asked.wait()
         assert kinds([m async for m in api.generate(spec())])[-1] == "succeeded"
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await worker.drained()

@@ -23,7 +23,7 @@ from tests.nats_servers import NatsServer, nats_configured
 from tests.probes import readiness, until_ready_is
 from tests.processes import Role
 
-SECONDS = 20.0
+SECONDS = 60.0
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ async def test_an_upload_that_hangs_is_cut_short_after_the_drain_and_done_again_
         async with running_worker(bus, blobs=store, config=NO_TIME) as worker:
             job = await api.create(SAME)
             await store.asked.wait()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 await worker.drained()
         end, job = await finished_elsewhere(bus, api, job.name)
     assert (end, job.worker, job.attempt) == ("succeeded", "heir", 2)
@@ -76,7 +76,7 @@ async def test_a_step_that_hangs_does_not_hold_up_a_worker_that_stops(
         async with running_worker(bus, engine, config=NO_TIME) as worker:
             job = await api.create(SAME)
             await step_of(api, job.name)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 await worker.drained()
         end, job = await finished_elsewhere(bus, api, job.name)
     assert (end, job.worker) == ("succeeded", "heir")
@@ -128,7 +128,7 @@ async def lost_in_its_step(
             engine.lose_device()
             await worker.task
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         with pytest.raises(UnavailableError, match="the device is lost"):
             await work()
     await asyncio.to_thread(engine.stop)
@@ -158,6 +158,6 @@ async def test_a_cancel_whose_word_was_lost_is_read_from_the_record(
         job = await api.create(SAME)
         await step_of(api, job.name)
         await api.cancel(job.name)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             messages = [message async for message in api.watch(job.name)]
     assert kinds(messages)[-1] == "cancelled"

@@ -149,7 +149,7 @@ async def test_images_of_the_only_worker_wait_until_its_store_accepts_it_again()
         log = await read_until(stream, "storage_waiting")
         waiting = await api.create(spec())
         tries = blobs.tries
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while blobs.tries < tries + 5:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
         assert (await api.get(waiting.name)).state == job_pb2.Job.STATE_QUEUED
@@ -237,7 +237,7 @@ async def test_a_file_that_failed_just_before_another_succeeded_is_tried_again()
         await asyncio.sleep(0.1)  # `watch` notices that the store can be used.
         assert store.trouble == ""
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await store.put("generations/a.png", b"a", "image/png", other)
     assert sorted(blobs.stored_keys()) == ["generations/a.png", "generations/b.png"]
     watching.cancel()

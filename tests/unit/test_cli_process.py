@@ -24,7 +24,7 @@ from tests.fake_service import Break, FakeService, Refusal, serving
 
 COMMAND = [sys.executable, "-c", "from img2img_command import main; main()"]
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 60.0
 
 
 def start(

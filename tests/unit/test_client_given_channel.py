@@ -31,7 +31,7 @@ def on_blocking_channel(service: FakeService, use: Use, **arguments: Any) -> Any
             found = list(found) if isinstance(found, api.JobStream) else found
         # The client is closed, but the channel is not.
         call = channel.unary_unary("/img2img.v1.Img2ImgService/GetCapabilities")
-        assert call(b"", timeout=5)
+        assert call(b"", timeout=30)
         return found
 
 
@@ -45,7 +45,7 @@ def on_async_channel(service: FakeService, use: Use, **arguments: Any) -> Any:
                 is_stream = isinstance(found, api.AsyncJobStream)
                 found = await (read(found) if is_stream else found)
             call = channel.unary_unary("/img2img.v1.Img2ImgService/GetCapabilities")
-            assert await call(b"", timeout=5)
+            assert await call(b"", timeout=30)
             return found
 
     with serving(service) as port:

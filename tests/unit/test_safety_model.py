@@ -57,13 +57,13 @@ async def test_images_that_wait_for_the_checker_hold_no_thread(
     def check(_: Pixels) -> float:
         entered[0] += 1
         loop.call_soon_threadsafe(began.set)
-        assert go.wait(10)
+        assert go.wait(30)
         return 0.0
 
     monkeypatch.setattr(checker, "check", check)
     with ThreadPoolExecutor(2) as pool:
         loop.set_default_executor(pool)
-        async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
+        async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
             for _ in range(3):
                 tasks.create_task(finished(checker, 0.5, photos.photo()))
             await began.wait()
