@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,6 +284,24 @@ def test_another_kind_of_file_is_named(names: list[str], sentence: str, tmp_path
 
     with pytest.raises(ModelError, match=sentence):
         read_model_spec(str(file))
+
+
+def test_a_folder_of_single_files_names_those_that_are_models(
+    written: Callable[[str], Written], tmp_path: Path
+) -> None:
+    save_file({"decoder.conv_in.weight": torch.ones(1)}, tmp_path / "ae.safetensors")
+    with pytest.raises(ModelError, match=r"ae\.safetensors holds an autoencoder only"):
+        read_model_spec(str(tmp_path))
+
+    # This copy of the weights, which is not used, does not make the file another kind.
+    ema = {"model_ema.diffusion_model": torch.ones(1)}
+    edited(written("sd1").file, tmp_path / "model.safetensors", **ema)
+    with pytest.raises(ModelError, match=f"name it: {tmp_path}/model.safetensors$"):
+        read_model_spec(str(tmp_path))
+
+    shutil.copy(written("sd1").file, tmp_path / "other.safetensors")
+    with pytest.raises(ModelError, match=r"\(model.safetensors, other.safetensors\)"):
+        read_model_spec(str(tmp_path))
 
 
 def test_a_text_encoder_of_another_width_than_the_unet_takes_is_refused(

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Final
 
+from img2img_server.engine.checkpoint_file import read_checkpoint
 from img2img_server.engine.family import INDEX, ModelError, read_json
-from img2img_server.engine.file_kinds import kind_of_tensors, other_formats
-from img2img_server.engine.weight_files import read_header
+from img2img_server.engine.file_kinds import other_formats
 
 _MOST_FILES: Final = 5
 
@@ -68,16 +68,20 @@ def hint_of_folder(folder: Path) -> str:
 
 def _hint_of_files(folder: Path, files: list[str]) -> str:
     """Returns what to name in place of a folder with single files, as the end of a sentence."""
-    try:
-        kind = kind_of_tensors(read_header(folder / files[0]).keys())
-    except ModelError:
-        kind = ""
-    if kind and "IMG2IMG_MODEL" not in kind.partition("To replace")[0]:
-        return f": {files[0]} {kind}"
-    if len(files) == 1:
-        return f": to serve a single file, name it: {folder / files[0]}"
-    more = f" and {len(files) - _MOST_FILES} more" if len(files) > _MOST_FILES else ""
+    models, fault = [], ""
+    for name in files:
+        try:
+            read_checkpoint(folder / name)
+        except ModelError as error:
+            fault = fault or f": {error}"
+        else:
+            models.append(name)
+    if not models:
+        return fault
+    if len(models) == 1:
+        return f": to serve its single file, name it: {folder / models[0]}"
+    more = f" and {len(models) - _MOST_FILES} more" if len(models) > _MOST_FILES else ""
     return (
-        f": it has {len(files)} single files: name one of them, such as {folder / files[0]} "
-        f"({', '.join(files[:_MOST_FILES])}{more}), or list them in IMG2IMG_MODELS_FILE"
+        f": it has {len(models)} single files: name one of them, such as {folder / models[0]} "
+        f"({', '.join(models[:_MOST_FILES])}{more}), or list them in IMG2IMG_MODELS_FILE"
     )
