@@ -48,7 +48,7 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, ClassVar, dataclass_transform
 
-from img2img_server.domain.violations import Violation
+from img2img_server.domain.violations import SHOWN_CHARACTERS, Violation
 
 DOMAIN = "img2img.v1"
 _NEEDED_FOR = {
@@ -56,7 +56,6 @@ _NEEDED_FOR = {
     "storage": "change storage settings",
     "unsafe": "turn the safety checker off",
 }
-_SHOWN_CHARACTERS = 80  # longest name, which the caller sent, in a message
 
 
 class OperatorError(Exception):
@@ -200,7 +199,7 @@ class JobNotFoundError(ServiceError):
     name: str
 
     def _values(self) -> dict[str, Any]:
-        return {"name": self.name[:_SHOWN_CHARACTERS]}
+        return {"name": self.name[:SHOWN_CHARACTERS]}
 
 
 class UploadNotFoundError(ServiceError):
@@ -215,7 +214,7 @@ class UploadNotFoundError(ServiceError):
     upload: str
 
     def _values(self) -> dict[str, Any]:
-        return {"upload": self.upload[:_SHOWN_CHARACTERS]}
+        return {"upload": self.upload[:SHOWN_CHARACTERS]}
 
 
 class UploadExpiredError(ServiceError):
@@ -271,7 +270,7 @@ class ModelNotFoundError(ServiceError):
         return f"model {self._values()['model']!r} is not served here; known models: {names}"
 
     def _values(self) -> dict[str, Any]:
-        return {"model": self.model[:_SHOWN_CHARACTERS], "known": ",".join(self.known)}
+        return {"model": self.model[:SHOWN_CHARACTERS], "known": ",".join(self.known)}
 
 
 class NoCatalogueError(ServiceError):
@@ -490,7 +489,7 @@ class NoModelError(ServiceError):
         return f"The default model {model!r} is not loaded yet; known models: {names}"
 
     def _values(self) -> dict[str, Any]:
-        return {"model": self.model[:_SHOWN_CHARACTERS]}
+        return {"model": self.model[:SHOWN_CHARACTERS]}
 
 
 class InternalError(ServiceError):

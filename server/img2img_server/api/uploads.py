@@ -21,6 +21,7 @@ from img2img_server import clock, errors
 from img2img_server.budget import Budget
 from img2img_server.domain.params import Limits
 from img2img_server.domain.violations import (
+    SHOWN_CHARACTERS,
     Reason,
     Violation,
     out_of_range,
@@ -39,7 +40,6 @@ HASH_PREFIX: Final = "sha256:"
 NAME_PREFIX: Final = "uploads/"
 _SHA256: Final = re.compile("[0-9a-fA-F]{64}")
 _SIDE_PIXELS: Final = 256  # The prepared image is not used: the check decodes the whole file.
-_SHOWN_CHARACTERS: Final = 80
 
 
 class Uploads:
@@ -85,7 +85,7 @@ class Uploads:
             raise _other_file("size_bytes", len(image), size_bytes)
         found = await asyncio.to_thread(_sha256, image)
         if sha256.lower() not in ("", found):
-            raise _other_file("sha256", found, sha256[:_SHOWN_CHARACTERS])
+            raise _other_file("sha256", found, sha256[:SHOWN_CHARACTERS])
         media_type = await self._media_type(tenant, image)
         while True:
             # Until the file is stored: a record without a file counts no longer than that.
@@ -149,11 +149,11 @@ class Uploads:
         self._store()
         found = [each for each in await self._records.all(tenant) if _is_named(each, name)]
         if not found:
-            raise errors.UploadNotFoundError(name[:_SHOWN_CHARACTERS])
+            raise errors.UploadNotFoundError(name[:SHOWN_CHARACTERS])
         # A hash can be that of an expired upload and of a new one.
         upload = max(found, key=lambda each: each.expire_time)
         if upload.has_expired:
-            raise errors.UploadExpiredError(name[:_SHOWN_CHARACTERS])
+            raise errors.UploadExpiredError(name[:SHOWN_CHARACTERS])
         return upload
 
     async def delete(self, tenant: str, name: str) -> None:
@@ -192,7 +192,7 @@ class Uploads:
             await self._records.remove(tenant, upload, unless_changed=True)
             data = None
         if data is None:
-            raise errors.UploadNotFoundError(name[:_SHOWN_CHARACTERS])
+            raise errors.UploadNotFoundError(name[:SHOWN_CHARACTERS])
         return data
 
     def _store(self) -> BlobStore:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
+from typing import Final
+
+SHOWN_CHARACTERS: Final = 80  # longest name, which the caller sent, in a message
 
 
 class Reason(StrEnum):

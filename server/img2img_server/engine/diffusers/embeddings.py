@@ -24,6 +24,7 @@ from img2img_server.engine.diffusers.families.base import Family, LoadedModel
 from img2img_server.engine.diffusers.watched_folder import (
     IMAGES,
     OTHER_FORMATS,
+    RefusedFileError,
     WatchedFolder,
     fingerprint_of,
 )
@@ -41,13 +42,12 @@ _ENCODERS: Final[Mapping[str, str | None]] = {
     "clip_g": "text_encoder_2",
 }
 
-_ADVICE: Final = ". Replace the file, or remove it from the folder"
 _MAX_BYTES: Final = 2**26  # 75 vectors of two encoders need about a megabyte.
 
 _log = logging.getLogger(__name__)
 
 
-class EmbeddingError(ValueError):
+class EmbeddingError(RefusedFileError):
     """A file does not fit the model; the sentence says why."""
 
 
@@ -146,26 +146,17 @@ class EmbeddingSet:
             if taken:
                 owner = owners[taken[0]]
                 _log.warning(
-                    "embedding_refused: %s: its token %s is that of %s", name, taken[0], owner
+                    "embedding_refused: %s: its token %s is that of %s: remove one of them",
+                    *(name, taken[0], owner),
                 )
                 continue
             owners |= dict.fromkeys(names, name)
             found[seen.content.token] = seen.content
         self._offered = _Offered(fingerprint_of(files), found)
 
-    def _read(self, file: Path) -> Embedding | None:
-        """Returns the content of a file; None if it does not fit, after it was logged."""
-        try:
-            found = self._embedding(file)
-        except OSError:
-            raise
-        except Exception as error:  # One foreign file must not stop the others.
-            is_known = isinstance(error, (EmbeddingError, ModelError))
-            why = str(error).removeprefix(f"{file} ")
-            _log.warning(
-                "embedding_refused: %s: %s%s", file.name, why, _ADVICE, exc_info=not is_known
-            )
-            return None
+    def _read(self, file: Path) -> Embedding:
+        """Returns the content of a file. Raises EmbeddingError if it does not fit."""
+        found = self._embedding(file)
         _log.info("embedding_offered: %s has the token %s", file.name, found.token)
         return found
 
@@ -174,6 +165,8 @@ class EmbeddingSet:
             names = list(read_header(file))
         except ModelAccessError as error:
             raise OSError(str(error)) from error
+        except ModelError as error:
+            raise EmbeddingError(str(error).replace(f"{file} ", "it ", 1)) from error
         vectors: dict[str, Tensor] = {}
         if set(names) <= _ENCODERS.keys():
             token = file.stem

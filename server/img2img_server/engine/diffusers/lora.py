@@ -11,13 +11,12 @@ from img2img_server.engine.diffusers.lora_forms import Change, read_lora_file
 from img2img_server.engine.diffusers.lora_layers import LoraContent
 from img2img_server.engine.diffusers.lora_names import find_targets
 from img2img_server.engine.diffusers.lora_options import LoraError
-from img2img_server.engine.diffusers.watched_folder import RefusedFileError, WatchedFolder
+from img2img_server.engine.diffusers.watched_folder import WatchedFolder
 
 _log = logging.getLogger(__name__)
 
 # How many refused files are announced, and the length of a reason.
 _REFUSALS, _REASON = 20, 300
-_ADVICE = ". Replace the file, or remove it from the folder"
 
 
 class LoraSet:
@@ -59,17 +58,10 @@ class LoraSet:
         """Returns the content of a file.
 
         Raises:
-            RefusedFileError: It does not fit the model; that is in the log.
+            LoraError: It does not fit the model.
             OSError: It cannot be read at present.
         """
-        try:
-            changes = read_changes(self._model, self._family, file)
-        except OSError:
-            raise
-        except Exception as error:  # One foreign file must not stop the others.
-            is_known = isinstance(error, LoraError)
-            _log.warning("lora_refused: %s: %s%s", file.name, error, _ADVICE, exc_info=not is_known)
-            raise RefusedFileError(str(error)) from error
+        changes = read_changes(self._model, self._family, file)
         _log.info("lora_offered: %s changes %d weights", file.stem, len(changes))
         return LoraContent.of(changes, self._family)
 

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from img2img_server.engine.diffusers.watched_folder import RefusedFileError
+
 HEADER = "lora_adapter_metadata"  # diffusers stores peft's options under this name
 # With these options of peft, training changes the weights of the model too, which no file has.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-class LoraError(ValueError):
+class LoraError(RefusedFileError):
     """A file is no LoRA that the model can use. The text says why."""
 
 

@@ -46,9 +46,9 @@ class WatchedFolder(Generic[Content]):
     Args:
         kind: The beginning of the log events, such as `lora`.
         folder: None: there are no files.
-        read: Returns the content of a file, or None after it has logged why the file is refused.
-            Raises OSError for a file that cannot be read at present, and RefusedFileError for one
-            that does not fit, after it has logged it.
+        read: Returns the content of a file. Raises OSError for a file that cannot be read at
+            present, and RefusedFileError for one that does not fit. Any other error refuses the
+            file too, and is logged with its traceback.
         other_formats: The endings of files that may have such a content in a form that is not read.
     """
 
@@ -56,7 +56,7 @@ class WatchedFolder(Generic[Content]):
         self,
         kind: str,
         folder: Path | None,
-        read: Callable[[Path], Content | None],
+        read: Callable[[Path], Content],
         other_formats: Collection[str] = OTHER_FORMATS,
     ) -> None:
         self._kind = kind
@@ -136,11 +136,18 @@ class WatchedFolder(Generic[Content]):
 
     def _read(self, file: Path, version: tuple[int, ...]) -> Seen[Content] | None:
         """Reads a file, also one that is refused. Returns None if it cannot be read at present."""
+        content: Content | None = None
+        refusal = ""
         try:
             try:
-                content, refusal = self._read_content(file), ""
-            except RefusedFileError as error:
-                content, refusal = None, str(error)
+                content = self._read_content(file)
+            except OSError:
+                raise
+            except Exception as error:  # One foreign file must not stop the others.
+                refusal = str(error) or type(error).__name__
+                has_reason = isinstance(error, RefusedFileError)
+                message = "%s_refused: %s: %s. Replace the file, or remove it from the folder"
+                _log.warning(message, self._kind, file.name, refusal, exc_info=not has_reason)
             digest = b"" if content is None else _digest(file)
             seen = Seen(version, content, digest, refusal)
             if _version(file) != version:  # The hash may be of other bytes than the content.

@@ -17,6 +17,7 @@ from typing import Any
 from starlette.requests import Request
 
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
+from img2img_server.domain.violations import SHOWN_CHARACTERS
 from img2img_server.gateway.http.callers import header_key
 
 MAX_BODY_BYTES = 32 * 2**20
@@ -34,7 +35,6 @@ _PART_SECONDS = 10.0
 _VALUE_STARTS = (b"{", b"[", b",")
 MAX_VALUES = 40_000
 _JSON_KINDS = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-_SHOWN_CHARACTERS = 64  # longest name, which the caller sent, in a message
 _TOO_LARGE = (
     f"The body must not be larger than {MAX_BODY_BYTES / 2**20:g} MiB: send a smaller init image, "
     "or its URL"
@@ -115,7 +115,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         counts = Counter(name for name, _ in pairs)
         [(repeated, _)] = counts.most_common(1)
-        raise _RepeatedNameError(ascii(repeated[:_SHOWN_CHARACTERS]))
+        raise _RepeatedNameError(ascii(repeated[:SHOWN_CHARACTERS]))
     return found
 
 

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from img2img.v1 import job_pb2
 from img2img_server.domain.params import JobParams, Limits, Lora, ValidationContext, validate
 from img2img_server.domain.violations import (
+    SHOWN_CHARACTERS,
     Reason,
     Violation,
     invalid_type,
@@ -36,7 +37,6 @@ _LORAS = 'a list of objects with "name" (a string) and optionally "scale" (a num
 _INTEGERS = (FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_INT64)
 _INTEGER = re.compile(r"-?[0-9]{1,400}", re.ASCII)
 _NAME = re.compile(r"\w{1,64}")
-_SHOWN_CHARACTERS = 64  # longest name, which the caller sent, in a message
 # A set of Python: the dict of the library raises SystemError for texts that are not Unicode.
 _SPEC_FIELDS = {field.name for field in job_pb2.JobSpec.DESCRIPTOR.fields}
 _KEYS = ("key", "api_key", "apikey", "token")
@@ -133,7 +133,7 @@ def _fill_loras(message: Message, values: list[Any]) -> list[Violation]:
 def unknown(name: str, cause: str = "") -> Violation:
     """Returns the violation for a field that does not exist."""
     if not _NAME.fullmatch(name):
-        message = f"there is no field {name[:_SHOWN_CHARACTERS]!a}"
+        message = f"there is no field {name[:SHOWN_CHARACTERS]!a}"
         return Violation("body", Reason.UNKNOWN_FIELD, message)
     return Violation(name, Reason.UNKNOWN_FIELD, f"there is no field {name}", cause)
 
