@@ -33,7 +33,9 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot(Event):
-    """The job's record when the stream began; the events after `sequence` follow."""
+    """The job's record when the stream began; the events after `sequence` follow. Repeated if a
+    queued job waits for another reason, see `job.state_reason` and `job.warning`.
+    """
 
     job: Job
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from img2img.v1 import event_pb2, service_pb2
 from img2img_client import convert, errors
 from img2img_client.events import Ended, Event, SampleFinished, Snapshot
-from img2img_client.resources import Image, Job, Result, result_of
+from img2img_client.resources import Image, Job, Result, State, result_of
 
 FirstRequest = service_pb2.GenerateRequest | service_pb2.WatchJobRequest
 
@@ -154,8 +154,10 @@ class Follow:
         None: a repeated event, a heartbeat, or a kind that this client does not know.
         """
         event = convert.event_from(message)
-        is_snapshot = isinstance(event, Snapshot)
-        seen = self.job is not None if is_snapshot else message.sequence <= self.sequence
+        if isinstance(event, Snapshot):
+            seen = self.job is not None and not _waits_differently(self.job, event.job)
+        else:
+            seen = message.sequence <= self.sequence
         self._backoff.connected(new_event=not seen)
         self.job_name = message.job or self.job_name
         self.sequence = max(self.sequence, message.sequence)
@@ -200,3 +202,9 @@ class Follow:
         if self.finished:
             return 0.0
         return self._backoff.delay(error, now, of_stream=True)
+
+
+def _waits_differently(before: Job, now: Job) -> bool:
+    """Returns whether a queued job waits for another reason than before."""
+    why_before, why = ((each.state_reason, each.warning) for each in (before, now))
+    return now.state is State.QUEUED and why != why_before

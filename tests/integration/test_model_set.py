@@ -13,7 +13,7 @@ from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc, job_pb2, servi
 from img2img_server.domain.models import ModelState, WorkerInfo
 from img2img_server.domain.params import Lane
 from img2img_server.errors import OperatorError, UnavailableError
-from img2img_server.interfaces.queue import WorkerCommand
+from img2img_server.interfaces.queue import ModelCommand, WorkerCommand
 from img2img_server.lifecycle import RestartError
 from img2img_server.nats.bus import Bus, connect_bus
 from img2img_server.settings import Settings
@@ -311,10 +311,34 @@ async def test_a_warning_says_that_no_worker_serves_the_model() -> None:
         pass
     async with running_api(bus) as api:
         job = await api.create(spec(model="b"))
-        assert job.warning == "No worker serves the model b now; the job waits until one does."
+        assert job.state_reason == "MODEL_UNSERVED"
+        assert job.warning.startswith("No worker serves the model b now. The job waits until one ")
         async with catalogue_worker(bus, FakeLoader(THREE)):
-            await api.reaches(job.name, SUCCEEDED)
+            ended = await api.reaches(job.name, SUCCEEDED)
+            assert (ended.warning, ended.state_reason) == ("", "")
             assert (await api.create(spec(model="c"))).warning == ""
+
+
+async def test_a_queued_job_says_why_its_model_cannot_be_loaded_and_runs_once_it_can() -> None:
+    bus, loader = memory_bus(), FakeLoader(THREE, wrong={"b": "its vae is damaged"})
+    async with (
+        catalogue_worker(bus, loader),
+        running_api(bus, settings(heartbeat_seconds=0.05)) as api,
+    ):
+        job = await api.create(spec(model="b", strength=1.0))
+        watching = api.watch(job.name)
+        async for message in watching:
+            waiting = message.event.snapshot.job
+            if waiting.state_reason == "MODEL_UNSERVED":
+                break
+        for each in (waiting, await api.get(job.name)):
+            assert each.state == job_pb2.Job.STATE_QUEUED
+            assert "No worker can load the model b now: m.toml: entry b" in each.warning
+            assert "its vae is damaged. The job waits until one can, until 20" in each.warning
+        loader.wrong.clear()
+        await bus.control.command_model(ModelCommand(worker="w1/b", loads=True))
+        *_, end = await read_until(watching, "succeeded")
+        assert end.event.succeeded.job.warning == ""
 
 
 async def test_a_model_that_no_worker_serves_leaves_the_list_after_the_stated_time(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from img2img.v1 import service_pb2
+from img2img.v1 import job_pb2, service_pb2
 from img2img_client.errors import UnavailableError
 from img2img_client.resume import Backoff, Follow, Retry
 from tests.fake_job import NAME, events
@@ -166,3 +166,18 @@ def test_a_heartbeat_is_not_an_event_and_changes_nothing() -> None:
     assert follow.take(heartbeat) is None
     assert follow.next_request() == service_pb2.WatchJobRequest(name=NAME, after_sequence=2)
     assert follow.take(LOG[2]) is not None
+
+
+def test_a_repeated_snapshot_is_an_event_only_if_the_queued_job_waits_for_another_reason() -> None:
+    follow = Follow(service_pb2.WatchJobRequest(name=NAME), RETRY)
+    assert follow.take(snapshot(0)) is not None
+    waiting = snapshot(0)
+    waiting.snapshot.job.state = job_pb2.Job.STATE_QUEUED
+    waiting.snapshot.job.warning = "No worker serves the model b now."
+    assert follow.take(waiting) is not None
+    assert follow.take(waiting) is None
+    assert follow.job is not None
+    assert follow.job.warning == "No worker serves the model b now."
+    waiting.snapshot.job.state = job_pb2.Job.STATE_RUNNING
+    waiting.snapshot.job.warning = ""
+    assert follow.take(waiting) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from img2img_server.api.model_names import default_model, full_name, unserved_warning
+from img2img_server.api.model_names import default_model, full_name
 from img2img_server.domain.models import ModelState, WorkerInfo
 from img2img_server.testing.fake_engine import FAKE_MODEL
 
@@ -44,11 +44,3 @@ def test_a_model_that_failed_is_no_default() -> None:
 def test_without_workers_the_default_is_a_model_that_was_served_before() -> None:
     assert default_model("", MODELS, []) == "a/model"
     assert default_model("", [], []) == ""
-
-
-def test_a_job_whose_model_no_worker_serves_has_a_warning() -> None:
-    assert unserved_warning("a", [worker("a")]) == ""
-    failed = [worker("a", state=ModelState.FAILED), worker("b")]
-    assert unserved_warning("a", failed) == (
-        "No worker serves the model a now; the job waits until one does."
-    )

@@ -14,7 +14,7 @@ from img2img_server.api import convert
 from img2img_server.api.deps import TENANT_SHARE, ApiDeps
 from img2img_server.api.estimate import Estimator
 from img2img_server.api.keys import Principal
-from img2img_server.api.model_names import default_model, full_name, unserved_warning
+from img2img_server.api.model_names import default_model, full_name
 from img2img_server.api.quota import Quota
 from img2img_server.budget import Budget
 from img2img_server.domain.models import ModelInfo
@@ -144,11 +144,10 @@ class Admission:
         await self._rate_limit.count(caller.principal)
         original_prompt = params.prompt
         params, warning = self._resolved(spec, request, model, caller, (image.width, image.height))
-        unserved = unserved_warning(model.name, await self._deps.workers.workers())
         return Admitted(
             params=params,
             original_prompt=original_prompt,
-            warning=join_warnings(warning, unserved),
+            warning=warning,
             pixel_steps=params.pixel_steps(model.strength_rule),
             size=size_of(model.work(params)),
             image=image,

@@ -9,8 +9,8 @@ from dataclasses import replace
 import structlog
 
 from img2img_server import clock, errors
-from img2img_server.api.lost_workers import is_lost
 from img2img_server.api.records import found, readable
+from img2img_server.api.waiting_jobs import is_lost
 from img2img_server.domain.events import Cancelled, Failed
 from img2img_server.domain.job import LAST_JOB_ID, Job, State, advance, terminal_event
 from img2img_server.interfaces.queue import OwnershipLostError

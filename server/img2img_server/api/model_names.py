@@ -28,10 +28,3 @@ def full_name(name: str, models: Sequence[ModelInfo]) -> str:
         return name
     found = [model.name for model in models if model.name.rpartition("/")[2] == name]
     return found[0] if len(found) == 1 else name
-
-
-def unserved_warning(model: str, workers: Sequence[WorkerInfo]) -> str:
-    """Returns the sentence for a job whose model no worker serves now; empty if one does."""
-    if any(worker.model.name == model and worker.serves for worker in workers):
-        return ""
-    return f"No worker serves the model {model} now; the job waits until one does."

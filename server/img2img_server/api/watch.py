@@ -15,11 +15,11 @@ from img2img_server.api import convert
 from img2img_server.api.deps import ApiDeps
 from img2img_server.api.encoded import EncodedEvents, StreamedEvent, streamed
 from img2img_server.api.estimate import Estimator
-from img2img_server.api.lost_workers import as_seen
 from img2img_server.api.places import StreamPlaces
 from img2img_server.api.records import found
+from img2img_server.api.waiting_jobs import as_seen
 from img2img_server.domain.events import Envelope
-from img2img_server.domain.job import Job, terminal_event
+from img2img_server.domain.job import Job, State, terminal_event
 
 SEQUENCE_MOST = 2**63 - 1  # int64; the greatest sequence that a caller can send
 # Interval in which a silent stream looks whether its job has ended, if there are no heartbeats.
@@ -90,16 +90,20 @@ class Watcher:
             await self._get(tenant, job_id)
         async with self._events.watch(job_id, after_sequence, tenant=tenant) as log:
             # The log is open before the record is read here, so no event between the two is missed.
-            job = await self._get(tenant, job_id)
-            seen = after_sequence
+            job = await self._seen(await self._get(tenant, job_id))
+            sent, seen = (job.state_reason, job.warning), after_sequence
             yield await self._snapshot(job, seen)
             last = await self._last(job)
             while last is None or last > seen:
                 envelope = await self._next(log)
                 if envelope is None:
-                    job = await self._get(tenant, job_id)
+                    job = await self._seen(await self._get(tenant, job_id))
                     last = await self._last(job)
-                    if self._heartbeat_seconds:
+                    why = job.state_reason, job.warning
+                    if job.state is State.QUEUED and why != sent:
+                        sent = why
+                        yield await self._snapshot(job, seen)
+                    elif self._heartbeat_seconds:
                         beat = convert.heartbeat(sequence=seen, time=clock.now(), job_name=job.name)
                         yield streamed(beat)
                     continue
@@ -123,15 +127,21 @@ class Watcher:
 
     async def message(self, job: Job) -> job_pb2.Job:
         """Returns the Job message of a record, with its estimate."""
-        job = await as_seen(job, self._workers)
+        return await self._message(await self._seen(job))
+
+    async def _message(self, job: Job) -> job_pb2.Job:
+        """Returns the Job message of a job as callers see it."""
         eta = await self._estimator.job(job)
         return convert.job(job, retention_hours=self._retention_hours, eta_seconds=eta)
+
+    async def _seen(self, job: Job) -> Job:
+        return await as_seen(job, self._workers, self._retention_hours)
 
     async def _get(self, tenant: str, job_id: int) -> Job:
         return (await found(self._jobs, tenant, job_id)).job
 
     async def _snapshot(self, job: Job, sequence: int) -> StreamedEvent:
-        message = await self.message(job)
+        message = await self._message(job)
         return streamed(convert.snapshot(message, sequence=sequence, time=clock.now()))
 
     async def _event(self, tenant: str, envelope: Envelope, seen: int) -> StreamedEvent:

@@ -46,6 +46,7 @@ class StateReason(StrEnum):
 
     WAITING_FOR_STORAGE = "WAITING_FOR_STORAGE"
     WORKER_LOST = "WORKER_LOST"
+    MODEL_UNSERVED = "MODEL_UNSERVED"
 
 
 class Determinism(StrEnum):

@@ -65,7 +65,9 @@ class JobEvent(_message.Message):
 
     @_builtins.property
     def snapshot(self) -> Global___JobSnapshot:
-        """First event of every stream: the job as it is now."""
+        """First event of every stream: the job as it is now. Repeated while the job is queued, in place of
+        a heartbeat, if its state_reason or its warning has changed.
+        """
 
     @_builtins.property
     def queued(self) -> Global___JobQueued:
@@ -148,7 +150,7 @@ Global___JobEvent: _TypeAlias = JobEvent  # noqa: Y015
 
 @_typing.final
 class JobSnapshot(_message.Message):
-    """The job when the stream began."""
+    """The job as it is now."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

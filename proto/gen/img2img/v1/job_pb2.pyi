@@ -803,7 +803,8 @@ class Job(_message.Message):
     """A UUID with which the names of the files begin."""
     warning: _builtins.str
     """Sentences for people, separated by spaces: parts of the request that were changed, cut or ignored,
-    and unusual events of the run. Mostly empty. Complete once the job has succeeded.
+    and unusual events of the run. While the job is queued, also why no worker serves its model. Mostly
+    empty. Complete once the job has succeeded.
     """
     original_prompt: _builtins.str
     """The prompt that the caller sent. spec.prompt is the one that is used."""
@@ -823,7 +824,8 @@ class Job(_message.Message):
     """
     state_reason: _builtins.str
     """Why the job does not proceed: WAITING_FOR_STORAGE (images are finished and wait for the object
-    store) or WORKER_LOST (the job is queued, because its worker does not respond any more). Empty
+    store), WORKER_LOST (the job is queued, because its worker does not respond any more) or
+    MODEL_UNSERVED (the job is queued, and no worker serves its model now, see warning). Empty
     otherwise. Later versions can add others.
     """
     device_seconds: _builtins.float

@@ -10,7 +10,8 @@ export function apply(result, event) {
 
 function snapshot(result, { job }) {
   result.samples = Array.from({ length: job.spec.samples }, (_, index) => result.samples[index] ?? {});
-  result.text = { STATE_QUEUED: "Queued.", STATE_RUNNING: "Running." }[job.state] ?? result.text;
+  const queued = job.state_reason === "MODEL_UNSERVED" ? `Queued. ${job.warning}` : "Queued.";
+  result.text = { STATE_QUEUED: queued, STATE_RUNNING: "Running." }[job.state] ?? result.text;
 }
 
 function queued(result, { position, eta, requeue_reason: reason }) {
