@@ -39,6 +39,7 @@ JobFailedError: the job fails while it runs; becomes Job.error, not a status
 ├── StorageError               STORAGE_UNAVAILABLE  retry
 ├── AttemptsExhaustedError     ATTEMPTS_EXHAUSTED
 ├── QueueClearedError          QUEUE_CLEARED
+├── QueueExpiredError          QUEUE_EXPIRED        retry
 └── EngineError                ENGINE_FAILED
 """
 
@@ -564,6 +565,17 @@ class QueueClearedError(JobFailedError):
 
     def __init__(self) -> None:
         super().__init__("the queue was cleared before the job started")
+
+
+class QueueExpiredError(JobFailedError):
+    """The job has waited for as long as the service keeps jobs."""
+
+    reason = "QUEUE_EXPIRED"
+    retryable = True
+
+    def __init__(self, hours: int) -> None:
+        super().__init__(f"no worker completed the job within {hours} hours of its acceptance")
+        self.hours = hours
 
 
 class EngineError(JobFailedError):

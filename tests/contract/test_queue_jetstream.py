@@ -537,7 +537,7 @@ async def test_everything_has_its_bounds(nats: Nats) -> None:
         infos = await link.js.streams_info()
     hour = 3600.0
     assert {info.config.name: (info.config.max_age, info.config.max_bytes) for info in infos} == {
-        "JOBS": (2 * hour, -1),
+        "JOBS": (2.5 * hour, -1),
         "EVENTS": (3 * hour + 90.0, 2**21),
         "EVENT_USE": (3 * hour + 90.0, -1),
         "DEAD": (7 * 24 * hour, 2**28),

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from fixtures_engines import ACK_WAIT_SECONDS, QUEUE_LIMIT, OpenBus
 
+from img2img_server import clock
 from img2img_server.domain.params import Lane
 from img2img_server.errors import QueueFullError
 from img2img_server.interfaces.queue import Delivery, LaneLoad, QueuedJob
@@ -250,6 +251,17 @@ async def test_a_withdrawn_job_that_was_taken_does_not_come_again(bus: Bus) -> N
     assert await bus.queue.remove(place)
     await delivery.nak()
     assert await pull(bus, seconds=1.2 * ACK_WAIT_SECONDS) == []
+
+
+async def test_the_next_job_before_a_time_is_found_by_its_place(bus: Bus) -> None:
+    jobs = [a_job(), a_job(tenant="other", lane=Lane.BATCH)]
+    first, second = [await put(bus, job) for job in jobs]
+    await pull_one(bus)  # A job that was taken counts too.
+    soon = clock.now() + 60
+    assert await bus.queue.next_before(soon) == (first, jobs[0].without_image())
+    assert await bus.queue.next_before(soon, first) == (second, jobs[1].without_image())
+    assert await bus.queue.next_before(soon, second) is None
+    assert await bus.queue.next_before(soon - 120) is None
 
 
 async def test_position_and_depth_count_what_waits(open_bus: OpenBus) -> None:

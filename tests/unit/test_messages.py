@@ -20,6 +20,7 @@ ARGUMENTS = {
     "cause": "the server answered 403",
     "error_id": "0123456789abcdef",
     "height": 768,
+    "hours": 24,
     "known": ("one", "two"),
     "limit": 15,
     "model": "dreamer",

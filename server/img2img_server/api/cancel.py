@@ -76,14 +76,33 @@ class Canceller:
         return cleared
 
     async def _clear(self, tenant: str, job_id: int) -> bool:
-        error = errors.QueueClearedError()
+        return await self._fail(tenant, job_id, errors.QueueClearedError())
+
+    async def expire(self, tenant: str, job_id: int, hours: int) -> bool:
+        """Ends a job as failed if it waits, because it has waited for so many hours. Returns
+        whether it has ended now.
+
+        Raises UnavailableError.
+        """
+        return await self._fail(tenant, job_id, errors.QueueExpiredError(hours), and_lost=True)
+
+    async def _fail(
+        self, tenant: str, job_id: int, error: errors.JobFailedError, *, and_lost: bool = False
+    ) -> bool:
+        """Ends a queued job as failed; with `and_lost`, also one whose worker is lost."""
         event = Failed(reason=error.reason, message=str(error), retryable=error.retryable)
         for _ in range(_TRIES):
             stored = await readable(self._jobs, tenant, job_id)
-            if stored is None or stored.job.state is not State.QUEUED:
+            if stored is None:
+                return False
+            job = stored.job
+            if and_lost and await is_lost(job, self._workers):
+                # The message stays in the queue: the next worker deletes the job's files.
+                job = replace(job, queue_sequence=0)
+            elif job.state is not State.QUEUED:
                 return False
             with suppress(ConflictError):  # The record has changed: read it again.
-                await self._end(stored.job, stored.revision, event)
+                await self._end(job, stored.revision, event)
                 return True
         raise errors.UnavailableError(f"jobs/{job_id} changes too fast to be ended.")
 

@@ -24,6 +24,7 @@ from img2img_server.api.deps import ApiDeps, Fetch, downloaded_bytes, service_li
 from img2img_server.api.disconnects import Disconnects
 from img2img_server.api.dry_run import DryRun
 from img2img_server.api.estimate import Backlog, Estimator
+from img2img_server.api.expiry import QueueExpiry
 from img2img_server.api.intake import Intake
 from img2img_server.api.interceptors import UNARY_CALLS, ServiceInterceptor
 from img2img_server.api.keys import KeyRing, load_keys
@@ -162,6 +163,7 @@ class ApiServer:
         estimator = Estimator(deps.bus.queue, deps.workers)
         canceller = Canceller(deps.bus)
         self._backlog = Backlog(deps.bus.queue, deps.bus.workers)
+        self._expiry = QueueExpiry(deps.bus.queue, canceller, deps.settings.retention_hours)
         self._watcher = Watcher(deps, estimator)
         self._disconnects = Disconnects(deps, canceller)
         self._dispatcher = _dispatcher(deps, webhooks)
@@ -195,11 +197,13 @@ class ApiServer:
                 publishing = tasks.create_task(self._backlog.publish())
                 tasks.create_task(self._dispatcher.run(self._deps.stop))
                 removing = tasks.create_task(self._watcher.remove_expired_logs())
+                expiring = tasks.create_task(self._expiry.run())
                 tasks.create_task(self._watcher.end_streams_at_stop())
                 tasks.create_task(self._disconnects.end_grace_periods_at_stop())
                 await self._deps.stop.wait()
                 publishing.cancel()
                 removing.cancel()
+                expiring.cancel()
                 await self._shut_down()
             await self._deps.bus.key_uses.close()
         log.info("api_stopped")

@@ -196,6 +196,15 @@ class JobQueue(Protocol):
         """Removes a job that has not ended; returns False if it was removed already."""
         ...
 
+    async def next_before(self, before: float, after: int = 0) -> tuple[int, QueuedJob] | None:
+        """Returns the first job after a place that was queued before a time and has not ended, with
+        its place and without its init image; None if there is none.
+
+        Args:
+            before: Unix time.
+        """
+        ...
+
     async def loads(self, model: str) -> list[SourceLoad]:
         """Returns the sources of a model that have unfinished jobs, with their numbers."""
         ...

@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC
 from functools import partial
 from typing import Final
 
@@ -171,6 +172,20 @@ class JetStreamJobQueue:
             taken=sum(load.taken for load in loads),
             last_taken=max((load.last_taken for load in loads), default=0),
         )
+
+    async def next_before(self, before: float, after: int = 0) -> tuple[int, QueuedJob] | None:
+        while True:
+            start = after + 1
+            try:
+                get = partial(self._link.js.get_msg, subjects.JOBS, start, subjects.ALL_JOBS)
+                msg = await self._link.ask(partial(get, next=True))
+            except nats.js.errors.NotFoundError:
+                return None
+            if msg.time is None or msg.time.replace(tzinfo=UTC).timestamp() >= before:
+                return None
+            after = msg.seq or start
+            with suppress(codec.UndecodableError):  # Its worker makes it a dead letter.
+                return after, codec.decode(msg.data or b"", QueuedJob).without_image()
 
     async def loads(self, model: str) -> list[SourceLoad]:
         sources = await self._sources(model)

@@ -29,6 +29,7 @@ from img2img_server.domain.params import Lane
 from img2img_server.interfaces.queue import slot_of
 
 JOBS: Final = "JOBS"
+ALL_JOBS: Final = "img2img.jobs.>"
 DEAD: Final = "DEAD"
 EVENTS: Final = "EVENTS"
 EVENT_USE: Final = "EVENT_USE"

@@ -38,6 +38,8 @@ _OTHER_FIELDS_BYTES: Final = 2**17  # at most, of an event or a queued job
 HOUR: Final = 3600.0
 # The bucket keeps a record longer than the service shows it, because clocks differ.
 RECORD_MARGIN_SECONDS: Final = HOUR
+# The queue keeps a job longer than its retention, so that an api ends it before.
+QUEUE_MARGIN_SECONDS: Final = HOUR / 2
 REQUEST_ID_SECONDS: Final = 24 * HOUR
 WORKER_SECONDS: Final = 20.0
 RATES_SECONDS: Final = 120.0  # longer than the minute in which a rate limit counts
@@ -83,12 +85,13 @@ def streams(bounds: Bounds) -> list[StreamConfig]:
         StreamConfig(
             name=subjects.JOBS,
             description="Unfinished jobs; the ack of a worker removes a job.",
-            subjects=["img2img.jobs.>"],
+            subjects=[subjects.ALL_JOBS],
             retention=RetentionPolicy.WORK_QUEUE,
             discard=DiscardPolicy.NEW,
             discard_new_per_subject=True,
             max_msgs_per_subject=bounds.queue_limit,
-            max_age=bounds.retention_seconds,
+            # After the retention, the apis end the jobs that are still there.
+            max_age=bounds.retention_seconds + QUEUE_MARGIN_SECONDS,
             duplicate_window=min(bounds.retention_seconds, JOB_REPEAT_SECONDS),
         ),
         StreamConfig(

@@ -7,8 +7,9 @@ import itertools
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from img2img_server import clock
 from img2img_server.domain.params import Lane
 from img2img_server.errors import QueueFullError
 from img2img_server.interfaces.queue import (
@@ -33,6 +34,7 @@ class _Message:
     place: tuple[str, Lane]
     size: int = 0
     deliveries: int = 0
+    time: float = field(default_factory=clock.now)  # when it was queued
     redelivery: asyncio.TimerHandle | None = None  # set while a worker holds the message
 
     @property
@@ -118,6 +120,12 @@ class MemoryJobQueue:
 
     async def remove(self, sequence: int) -> bool:
         return self._pop(sequence) is not None
+
+    async def next_before(self, before: float, after: int = 0) -> tuple[int, QueuedJob] | None:
+        for message in self._messages.values():
+            if message.sequence > after and message.time < before:
+                return message.sequence, message.job.without_image()
+        return None
 
     async def position(self, model: str, lane: Lane, sequence: int) -> int:
         taken = self._delivered.get((model, lane), 0)

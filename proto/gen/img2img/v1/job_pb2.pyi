@@ -696,8 +696,8 @@ class JobError(_message.Message):
     RETRYABLE_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """A machine-readable reason: OUT_OF_MEMORY, INIT_IMAGE_INVALID, SAFETY_CHECK_UNAVAILABLE,
-    STORAGE_UNAVAILABLE, ATTEMPTS_EXHAUSTED, QUEUE_CLEARED or ENGINE_FAILED. Later versions can add
-    others.
+    STORAGE_UNAVAILABLE, ATTEMPTS_EXHAUSTED, QUEUE_CLEARED, QUEUE_EXPIRED (no worker completed the job in
+    the time that the service keeps jobs) or ENGINE_FAILED. Later versions can add others.
     """
     message: _builtins.str
     """A sentence for people. It contains no path, host or stack trace."""
