@@ -225,7 +225,8 @@ class Settings(BaseSettings):
     """Name under which the worker offers the model. Empty: the model's own name."""
     models_file: OptionalPath = None
     """TOML or JSON file with the models that the worker serves, instead of `IMG2IMG_MODEL`; see
-    [several models](models.md#several-models-on-one-worker). It keeps as many loaded as fit."""
+    [several models](models.md#several-models-on-one-worker). It keeps as many loaded as fit. The
+    worker logs a change of the file, and reads it when it starts again."""
     models_memory_bytes: Bytes = Field(0, ge=0)
     """Most bytes of weights that a worker with a models file keeps loaded. 0: it loads another
     model if a fifth of the memory of the device (on a CPU: of the machine) then remains free."""

@@ -41,6 +41,7 @@ from img2img_server.telemetry import (
     count_from_zero,
     probe_server,
 )
+from img2img_server.worker.catalogue_watch import CatalogueWatch
 from img2img_server.worker.deps import Throughput, WorkerDeps
 from img2img_server.worker.dispatch import Dispatcher
 from img2img_server.worker.downloads import forget_downloads
@@ -163,9 +164,13 @@ class _Roles:
                     await asyncio.to_thread(engine.stop)
 
     async def serve_catalogue(self) -> None:
+        watch = CatalogueWatch(self.settings)
         with logs_reason():
             models = read_catalogue(self.settings)
-        async with followed_loras(self.blobs, *(model.settings for model in models)):
+        async with (
+            background_task(watch.follow()),
+            followed_loras(self.blobs, *(model.settings for model in models)),
+        ):
             await self._serve_catalogue(models)
 
     async def _serve_catalogue(self, models: Sequence[CatalogueModel]) -> None:
