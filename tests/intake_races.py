@@ -146,7 +146,7 @@ class Process:
         for _ in range(self._rng.randrange(4)):  # The download of the init image.
             await self._turn()
         params = JobParams(prompt="p", model=MODEL)
-        image = CheckedImage(data=b"image", prepared=True, width=64, height=64)
+        image = CheckedImage(data=b"image", prepared=True, width=64, height=64, own_size=(64, 64))
         return Admitted(
             params=params,
             original_prompt="",

@@ -54,7 +54,7 @@ def settings(**changes: Any) -> Settings:
     return Settings(**(base | changes))
 
 
-def photo(width: int = 64, height: int = 64, *, form: str = "JPEG", seed: int = 0) -> bytes:
+def photo(width: int = 128, height: int = 128, *, form: str = "JPEG", seed: int = 0) -> bytes:
     """Returns a small image with some content, as a file."""
     noise = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)

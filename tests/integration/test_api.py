@@ -740,3 +740,15 @@ async def test_a_stranger_is_refused_before_a_large_request_is_read() -> None:
             await stack.api.stub.CreateJob(request, metadata=(("authorization", "Bearer no"),))
         assert refusal(caught.value).reason == "INVALID_API_KEY"
         assert kinds([m async for m in stack.api.generate(spec())])[-1] == "succeeded"
+
+
+async def test_a_job_says_that_its_init_image_was_enlarged() -> None:
+    bus = memory_bus()
+    await bus.workers.announce(WorkerInfo(name="w", model=FAKE_MODEL, device="cpu"))
+    async with running_api(bus) as api:
+        small = job_pb2.InitImage(data=photo(16, 12))
+        job = await api.create(spec(init_image=small))
+        assert job.warning == (
+            "init_image has only 16x12 pixels and was enlarged to 256x256: send a larger one for "
+            "more details."
+        )

@@ -58,7 +58,9 @@ def differ(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> int:
 def test_a_small_image_is_handed_on_as_it_came(container: str) -> None:
     data = photos.saved(photos.photo(), container)
 
-    assert check(data) == CheckedImage(data=data, prepared=False, width=512, height=512)
+    assert check(data) == CheckedImage(
+        data=data, prepared=False, width=512, height=512, own_size=(512, 512)
+    )
 
 
 def test_an_image_over_512_kib_is_prepared_and_encoded_once_more() -> None:
@@ -262,7 +264,9 @@ def test_a_jpeg_of_countless_scans_is_refused() -> None:
 def test_images_after_the_first_one_in_a_jpeg_do_not_count() -> None:
     data = photos.jpeg() + photos.many_scans_jpeg(MAX_JPEG_SCANS)
 
-    assert check(data) == CheckedImage(data=data, prepared=False, width=512, height=512)
+    assert check(data) == CheckedImage(
+        data=data, prepared=False, width=512, height=512, own_size=(512, 512)
+    )
 
 
 @pytest.mark.parametrize("subsampling", ["4:2:2", "4:2:0"])

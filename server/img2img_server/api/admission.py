@@ -26,7 +26,7 @@ from img2img_server.domain.params import (
 )
 from img2img_server.domain.resolve import fit_size, resolve
 from img2img_server.domain.violations import required
-from img2img_server.domain.warnings import join_warnings
+from img2img_server.domain.warnings import enlarged, join_warnings
 from img2img_server.imaging.base import CheckedImage, InvalidImageError
 from img2img_server.imaging.prepare import OWN_MAX_BYTES, Fit
 from img2img_server.interfaces.queue import size_of
@@ -142,12 +142,12 @@ class Admission:
             await self._rate_limit.count(caller.principal, refused=True)
             raise
         await self._rate_limit.count(caller.principal)
-        original_prompt = params.prompt
-        params, warning = self._resolved(spec, request, model, caller, (image.width, image.height))
+        original_prompt, size = params.prompt, (image.width, image.height)
+        params, warning = self._resolved(spec, request, model, caller, size)
         return Admitted(
             params=params,
             original_prompt=original_prompt,
-            warning=warning,
+            warning=join_warnings(warning, enlarged(image.own_size, size)),
             pixel_steps=params.pixel_steps(model.strength_rule),
             size=size_of(model.work(params)),
             image=image,

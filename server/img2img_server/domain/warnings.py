@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+# An init image whose sides are enlarged more than this has few details, so the job has a warning.
+MOST_ENLARGED: Final = 4.0
+
 
 def join_warnings(*warnings: str) -> str:
     """Joins warnings to one text: every sentence once, in order, separated by a space."""
@@ -19,3 +24,18 @@ def no_preview(interval: int, steps: int) -> str:
         return ""
     run = "1 step runs" if steps == 1 else f"{steps} steps run"
     return f"No preview is sent: preview_interval_steps is {interval} and {run}."
+
+
+def enlarged(own_size: tuple[int, int], size: tuple[int, int]) -> str:
+    """Returns a warning if the init image is much smaller than the requested image, else "".
+
+    Args:
+        own_size: Width and height of the init image; `size`: of the requested image.
+    """
+    if max(side / own for side, own in zip(size, own_size, strict=True)) <= MOST_ENLARGED:
+        return ""
+    own, requested = (f"{width}x{height}" for width, height in (own_size, size))
+    return (
+        f"init_image has only {own} pixels and was enlarged to {requested}: send a larger one for "
+        "more details."
+    )

@@ -73,10 +73,12 @@ class CheckedImage:
     """An encoded init image that was proven to decode within the limits.
 
     `prepared`: the data was re-encoded at the requested size and only needs decoding.
-    `width`, `height`: the size of the prepared image.
+    `width`, `height`: the size of the prepared image. `own_size`: width and height of the upright
+    image before.
     """
 
     data: bytes
     prepared: bool
     width: int
     height: int
+    own_size: tuple[int, int]

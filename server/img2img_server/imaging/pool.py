@@ -263,6 +263,7 @@ class DecoderPool:
             prepared=prepared,
             width=int(fields["width"]),
             height=int(fields["height"]),
+            own_size=(int(fields["own_size"][0]), int(fields["own_size"][1])),
         )
 
     async def prepare(

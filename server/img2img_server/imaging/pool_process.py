@@ -124,7 +124,8 @@ def _fields(error: InvalidImageError) -> dict[str, Any]:
 
 def _check(data: bytes, **arguments: Any) -> tuple[dict[str, Any], Buffer]:
     checked = check_image(data, **arguments)
-    fields = {"prepared": checked.prepared, "width": checked.width, "height": checked.height}
+    names = ("prepared", "width", "height", "own_size")
+    fields = {name: getattr(checked, name) for name in names}
     return fields, checked.data if checked.prepared else b""
 
 

@@ -89,8 +89,9 @@ def check_image(
     header = _header(data, "the URL served" if downloaded else "the data is")
     if header.pixels > limits.max_image_pixels:
         raise _too_many_pixels(header, limits)
+    own_size = _upright_size(header)
     if fit:
-        width, height = fit(_upright_size(header))
+        width, height = fit(own_size)
     plan = _planned(header, width, height)
     is_kept = len(data) <= OWN_MAX_BYTES and header.pixels <= OWN_MAX_PIXELS
     admit(cost_of(header, len(data), plan.divisor, 0 if is_kept else plan.copied_pixels))
@@ -104,9 +105,11 @@ def check_image(
     if is_kept:
         # The smallest scale skips the inverse transform but still reads every coefficient.
         _decode(header, smallest=(1, 1))
-        return CheckedImage(data=data, prepared=False, width=width, height=height)
-    data = encode_image(_prepare(header, plan), ImageFormat.JPEG)
-    return CheckedImage(data=data, prepared=True, width=width, height=height)
+    else:
+        data = encode_image(_prepare(header, plan), ImageFormat.JPEG)
+    return CheckedImage(
+        data=data, prepared=not is_kept, width=width, height=height, own_size=own_size
+    )
 
 
 def _upright_size(header: Header) -> tuple[int, int]:
