@@ -42,13 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def models(folder: Path, **changes: Any) -> tuple[EngineLoader, tuple[CatalogueModel, ...]]:
-    settings = Settings(
-        models_file=folder / "models.toml",
-        warm_up_sizes="64x64",
-        device="cpu",
-        safety_checker="opennsfw",
-        **changes,
-    )
+    given = {"models_file": folder / "models.toml", **changes}
+    settings = Settings(warm_up_sizes="64x64", device="cpu", safety_checker="opennsfw", **given)
     return EngineLoader(settings), read_catalogue(settings)
 
 
@@ -71,6 +66,29 @@ async def test_the_size_of_a_model_is_known_before_it_is_loaded(folder: Path) ->
         assert found.info == loaded.engine.model
         # Buffers of the modules, such as positions, are not in the files.
         assert 0 <= loaded.size - found.size < 0.02 * loaded.size
+
+
+async def test_a_distilled_model_is_announced_with_the_defaults_that_the_engine_uses(
+    folder: Path,
+) -> None:
+    (folder / "lcm.toml").write_text(
+        '[[models]]\nname = "photo-lcm"\nsource = "small"\n'
+        '[[models]]\nname = "photo"\nsource = "small"\n'
+        "[[models]]\nname = 'sdxl-lightning-4step'\nsource = 'large'\n"
+        "defaults.guidance_scale = 1.0\n"
+    )
+    loader, entries = models(folder, models_file=folder / "lcm.toml")
+    seen = []
+    for entry in entries:
+        found = await loader.find(entry)
+        loaded = await loader.load(entry)
+        assert found.info == loaded.engine.model
+        await loader.unload(loaded)
+        steps, scale = found.info.default_num_inference_steps, found.info.default_guidance_scale
+        seen.append((steps, scale, found.info.schedulers[0]))
+    own = seen[1][2]
+    assert seen == [(8, 1.5, "lcm"), (20, 7.5, own), (4, 1.0, own)]
+    assert own != "lcm"
 
 
 async def test_an_unloaded_model_leaves_nothing_in_memory(folder: Path) -> None:

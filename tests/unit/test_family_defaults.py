@@ -65,7 +65,7 @@ def test_sides_do_not_exceed_the_positions_that_the_model_knows() -> None:
 )
 def test_stable_diffusion_3_turbo_is_known_by_its_name(name: str, steps: int) -> None:
     index, config = {"_class_name": "StableDiffusion3Pipeline"}, {"qk_norm": "rms_norm"}
-    files = ModelFiles(index, {"transformer": config}, name)
+    files = ModelFiles(index, {"transformer": config}, (name,))
     found = detect(files, name).traits(files)
 
     assert (found.num_inference_steps, found.guidance_scale) == (steps, 1.0)
@@ -134,7 +134,7 @@ def test_qwen_image_lightning_is_known_by_its_fixed_shift(
 
 def test_qwen_image_lightning_has_the_steps_of_its_name() -> None:
     index = {"_class_name": "QwenImagePipeline"}
-    files = ModelFiles(index, {}, "Qwen-Image-Lightning-4steps")
+    files = ModelFiles(index, {}, ("Qwen-Image-Lightning-4steps",))
     found = detect(files, "the model").traits(files)
 
     assert (found.num_inference_steps, found.guidance_scale) == (4, 1.0)
@@ -211,7 +211,7 @@ def test_relatives_of_sdxl_have_defaults_by_their_scheduler_and_name(
     name: str, scheduler: dict[str, Any], steps: int, scale: float
 ) -> None:
     index = {"_class_name": "StableDiffusionXLPipeline"}
-    files = ModelFiles(index, {"scheduler": scheduler, "unet": {"sample_size": 64}}, name)
+    files = ModelFiles(index, {"scheduler": scheduler, "unet": {"sample_size": 64}}, (name,))
     found = detect(files, name).traits(files)
     assert (found.num_inference_steps, found.guidance_scale) == (steps, scale)
     assert found.native_size == 512

@@ -52,7 +52,7 @@ def files_of(family: Family) -> Any:
     return SimpleNamespace(
         index={},
         scheduler={},
-        known_names="",
+        known_names=(),
         name="m",
         parts={"text_encoder": ("", ""), "text_encoder_2": ("", "")},
         absent_parts=frozenset(),

@@ -13,8 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from img2img_server.engine.family import DISTILLED, ModelError, ModelFiles
+from img2img_server.engine.distillation import (
+    ORIGINAL_TURBO,
+    UNET_DISTILLATIONS,
+    find_distillation,
+)
+from img2img_server.engine.family import ModelError, ModelFiles
 from img2img_server.engine.file_kinds import kind_of_tensors
+from img2img_server.engine.model_names import ModelName
 from img2img_server.engine.tensor_names import DENOISER, HARMLESS_IN_CHECKPOINT, first_names
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -45,7 +51,6 @@ _SCALED: Final = re.compile(
     r"(^|\.)(scaled_fp8|scale_weight|weight_scale|comfy_quant|absmax|nested_absmax|quant_map)$"
     r"|\.quant_state\."
 )
-_ORIGINAL_TURBO: Final = re.compile(r"sd[_-]?(xl[_-])?turbo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,26 +82,37 @@ class Hints:
     """Facts about a checkpoint that its tensors do not show.
 
     Attributes:
-        name: The name of the file.
+        names: The path of the file and the other names of the model.
         prediction_type: `epsilon` or `v_prediction`; empty: not known.
         resolution: The side of the training images in pixels; 0: not known.
     """
 
-    name: str
+    names: tuple[str, ...]
     prediction_type: str = ""
     resolution: int = 0
 
     @classmethod
-    def of(cls, name: str, metadata: Mapping[str, str], prediction_type: str = "") -> Hints:
+    def of(
+        cls, names: tuple[str, ...], metadata: Mapping[str, str], prediction_type: str = ""
+    ) -> Hints:
         """Returns the hints in the metadata of a safetensors file (the standard ModelSpec)."""
         given = metadata.get("modelspec.prediction_type", "").lower()
         kinds = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
         side = re.match(r"\d+", metadata.get("modelspec.resolution", ""))
         return cls(
-            name=name,
+            names=(*names, metadata.get("modelspec.title", "")),
             prediction_type=prediction_type or kinds.get(given, ""),
             resolution=int(side[0]) if side else 0,
         )
+
+    @property
+    def known_names(self) -> tuple[ModelName, ...]:
+        """The names that are not empty."""
+        return tuple(ModelName.of(name) for name in self.names if name)
+
+    def says(self, pattern: str) -> bool:
+        """Returns whether one of the names has words, see `ModelName.has`."""
+        return any(name.has(pattern) for name in self.known_names)
 
 
 def describe_unet(shapes: Shapes, hints: Hints, place: str) -> Checkpoint:
@@ -174,26 +190,26 @@ def _stable_diffusion(shapes: Shapes, hints: Hints) -> Checkpoint:
     is_xl = f"{UNET}label_emb.0.0.weight" in shapes
     projections = [shape for name, shape in shapes.items() if name.endswith(".1.proj_in.weight")]
     is_v2 = not is_xl and any(len(shape) == 2 for shape in projections)
-    name = hints.name.lower()
+    named = find_distillation(UNET_DISTILLATIONS, hints.known_names)
     prediction = hints.prediction_type
     if not prediction and "v_pred" in shapes:
         prediction = "v_prediction"
-    is_turbo = bool(_ORIGINAL_TURBO.search(name)) and not prediction
+    is_turbo = named is ORIGINAL_TURBO and not prediction
     resolution = hints.resolution
     if is_v2 and not prediction:
         # 2.x has models of 512 pixels that predict noise, and models of 768 that predict v.
-        is_base = is_turbo or resolution == 512 or "base" in name or "512" in name
+        is_base = is_turbo or resolution == 512 or hints.says(r"\w*base|512\w*")
         prediction = "epsilon" if is_base else "v_prediction"
     prediction = prediction or "epsilon"
     side = resolution or (1024 if is_xl else 768 if is_v2 and prediction != "epsilon" else 512)
     if is_xl and is_turbo:
         side = 512
     unet = _unet(shapes, side, is_xl, is_v2)
-    scheduler = _sd_scheduler(
-        *(is_xl, is_v2, is_turbo, prediction),
-        is_zero_snr="ztsnr" in shapes,
-        is_lightning=bool(DISTILLED.search(name)),
-    )
+    scheduler = _sd_scheduler(is_xl, is_v2, is_turbo, prediction)
+    if named and not is_turbo:
+        scheduler = {**scheduler, **named.scheduler_config}
+    if is_xl and "ztsnr" in shapes:
+        scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     configs: dict[str, Mapping[str, Any]] = {"unet": unet, "scheduler": scheduler}
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline",
@@ -223,7 +239,7 @@ def _stable_diffusion(shapes: Shapes, hints: Hints) -> Checkpoint:
         if config := clip_text(shapes, prefix, unused):
             prefixes[part] = prefix
             configs[part] = config
-    return Checkpoint(ModelFiles(index, configs, hints.name), prefixes)
+    return Checkpoint(ModelFiles(index, configs, hints.names), prefixes)
 
 
 def _unused_layers(shapes: Shapes) -> int:
@@ -236,26 +252,14 @@ def _unused_layers(shapes: Shapes) -> int:
     return int(f"{OPEN_CLIP}text_projection" in shapes)  # That belongs to the last layer.
 
 
-def _sd_scheduler(
-    is_xl: bool,
-    is_v2: bool,
-    is_turbo: bool,
-    prediction: str,
-    *,
-    is_zero_snr: bool,
-    is_lightning: bool,
-) -> Mapping[str, Any]:
+def _sd_scheduler(is_xl: bool, is_v2: bool, is_turbo: bool, prediction: str) -> dict[str, Any]:
     """Returns the scheduler with which the base model was published."""
     found = {**_SD_BETAS, "prediction_type": prediction}
     if is_turbo:
         name = "EulerAncestralDiscreteScheduler" if is_xl else "EulerDiscreteScheduler"
         return {**found, "_class_name": name, "timestep_spacing": "trailing"}
     if is_xl:
-        spacing = "trailing" if is_lightning else "leading"
-        found |= {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": spacing}
-        if is_zero_snr:
-            found |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        return found
+        return {**found, "_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
     if is_v2:
         return {**found, "_class_name": "DDIMScheduler"}
     return {**found, "_class_name": "PNDMScheduler", "skip_prk_steps": True}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from img2img_server.engine.checkpoint import (
     describe_unet,
 )
 from img2img_server.engine.checkpoint_flow import describe_flow
-from img2img_server.engine.family import INDEX, ModelError
+from img2img_server.engine.family import INDEX, ModelError, toml_entry
 from img2img_server.engine.file_kinds import format_of
 from img2img_server.engine.tensor_names import DENOISER, first_names, full_name
 from img2img_server.engine.weight_files import (
@@ -26,11 +25,13 @@ from img2img_server.engine.weight_files import (
     read_metadata,
     refuse_pickle,
 )
-from img2img_server.setting_files import read_text
 
 
-def read_checkpoint(path: Path, *, allow_pickles: bool = False) -> Checkpoint:
+def read_checkpoint(path: Path, *, model_name: str = "", allow_pickles: bool = False) -> Checkpoint:
     """Returns what a single file holds.
+
+    Args:
+        model_name: The name that the operator's settings give the model.
 
     Raises:
         ModelError: The file is damaged, a pickle that is not allowed, or no checkpoint.
@@ -49,7 +50,9 @@ def read_checkpoint(path: Path, *, allow_pickles: bool = False) -> Checkpoint:
         )
     else:
         raise ModelError(f"{path} {_fault_of_other(path)}")
-    hints = Hints.of(path.stem, metadata, _prediction_type(toml_of(path)))
+    toml = toml_of(path)
+    names = (str(path), str(path.resolve()), toml_entry(toml, "name"), model_name)
+    hints = Hints.of(names, metadata, toml_entry(toml, "prediction_type"))
     with complete(str(path)):
         if (found := describe_flow(shapes, hints, str(path))) is None:
             return describe_unet(shapes, hints, str(path))
@@ -72,14 +75,6 @@ def _fault_of_other(path: Path) -> str:
             "suffix .safetensors: name one of these"
         )
     return f"is a safetensors file by its content: rename it to {path.stem}.safetensors"
-
-
-def _prediction_type(toml: Path) -> str:
-    """Returns what the TOML file says of the prediction; `read_model_spec` reports its mistakes."""
-    try:
-        return str(tomllib.loads(read_text(toml)).get("prediction_type", ""))
-    except (OSError, ValueError):
-        return ""
 
 
 def read_shapes(path: Path) -> Shapes:

@@ -61,7 +61,7 @@ def describe_flow(shapes: Shapes, hints: Hints, place: str) -> Checkpoint | None
         if found is None:
             continue
         index, configs, factors = found
-        if index["_class_name"] == "FluxPipeline" and "kontext" in hints.name.lower():
+        if index["_class_name"] == "FluxPipeline" and hints.says(r"\w*kontext\w*"):
             raise ModelError(
                 f"{place} is FLUX.1 Kontext by its name, which edits images by instructions and is "
                 "not served: use FLUX.1 dev or schnell"
@@ -81,7 +81,7 @@ def describe_flow(shapes: Shapes, hints: Hints, place: str) -> Checkpoint | None
             if f"{start}decoder.conv_in.weight" in shapes:
                 configs["vae"] = autoencoder(shapes, start, *factors)
                 prefixes["vae"] = start
-        return Checkpoint(ModelFiles(index, configs, hints.name), prefixes)
+        return Checkpoint(ModelFiles(index, configs, hints.names), prefixes)
     return None
 
 

@@ -9,27 +9,25 @@ from __future__ import annotations
 
 import codecs
 import json
-import re
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from img2img_server.domain.models import Guidance, ModelKind
 from img2img_server.domain.strength import StrengthRule
 from img2img_server.engine.file_kinds import fault_of_content
+from img2img_server.engine.model_names import ModelName
 from img2img_server.errors import OperatorError
 from img2img_server.setting_files import read_bytes, read_text
 from img2img_server.setting_names import variable
 
 # The file of a model in diffusers' layout that names its parts.
 INDEX: Final = "model_index.json"
-# Names of models of Stable Diffusion that are distilled to few steps, in lower case. The library
-# PyTorch Lightning is in the paths of models that were trained with it.
-DISTILLED: Final = re.compile(r"(?<!torch[-_])lightning(?![-_]logs)|hyper[-_ ]?sd")
-# A number of steps in a name such as "sdxl_lightning_4step" or "Hyper-SDXL-8steps-CFG".
-_NAMED_STEPS = re.compile(r"(?<![\d.])([1-9]|1[0-6])[-_ ]?steps?(?![a-z])")
+# The operator's file about a model in diffusers' layout.
+TOML: Final = "img2img.toml"
 
 
 class ModelError(OperatorError):
@@ -73,16 +71,19 @@ class ModelFiles:
     """The JSON files of a model: model_index.json and the configuration of each part.
 
     Attributes:
-        name: The name of its folder, or its hub id; empty if not known.
+        names: The paths, hub id and other names of the model itself, the most exact one first.
     """
 
     index: Mapping[str, Any]
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    name: str = ""
+    names: tuple[str, ...] = ()
 
     @classmethod
-    def read(cls, folder: Path) -> ModelFiles:
+    def read(cls, folder: Path, source: str = "") -> ModelFiles:
         """Reads the files of a directory in diffusers' layout.
+
+        Args:
+            source: The hub id from which they were downloaded; empty: none.
 
         Raises:
             ModelError: One of the files cannot be read.
@@ -96,7 +97,18 @@ class ModelFiles:
         for name in ("scheduler", "unet"):  # the file may exist although the index does not list it
             file = "scheduler_config.json" if name == "scheduler" else "config.json"
             configs.setdefault(name, read_json(folder / name / file))
-        return cls(index, configs, folder.name)
+        places = (source,) if source else (str(folder.absolute()), str(folder.resolve()))
+        return cls(index, configs, (*places, toml_entry(folder / TOML, "name")))
+
+    def named(self, model_name: str = "", gguf_file: Path | None = None) -> ModelFiles:
+        """Returns the files with the names that the operator's settings add.
+
+        Args:
+            model_name: The name of the model in requests, for example in the catalogue.
+            gguf_file: The file of the denoiser's weights, which replaces that of the model.
+        """
+        weights = (str(gguf_file),) if gguf_file else ()
+        return replace(self, names=(*weights, *self.names, model_name))
 
     @classmethod
     def of_pipeline(cls, pipeline: Any) -> ModelFiles:
@@ -133,17 +145,14 @@ class ModelFiles:
         return self.config("scheduler")
 
     @property
-    def known_names(self) -> str:
-        """The names of the model and of the models from which it was derived, in lower case."""
-        origins = [self.name, self.index.get("_name_or_path")]
-        origins += [config.get("_name_or_path") for config in self.configs.values()]
-        return " ".join(str(origin) for origin in origins if origin).lower()
+    def known_names(self) -> tuple[ModelName, ...]:
+        """The names of the model, then those of the models from which it was derived.
 
-    @property
-    def named_steps(self) -> int | None:
-        """The number of steps that the names of a distilled model have; None: they have none."""
-        found = _NAMED_STEPS.search(self.known_names)
-        return int(found[1]) if found else None
+        Only the origin of the denoiser counts, not that of a text encoder or autoencoder.
+        """
+        origins = [self.index, self.config("unet"), self.config("transformer")]
+        names = [*self.names, *(config.get("_name_or_path") for config in origins)]
+        return tuple(ModelName.of(name) for name in names if name and isinstance(name, str))
 
     def config(self, part: str) -> Mapping[str, Any]:
         """Returns the configuration of a part of the pipeline; empty if there is none."""
@@ -212,6 +221,16 @@ class ModelFamily(Protocol):
 def access_cure(error: OSError) -> str:
     """Returns the end of a sentence about a file that must not be read, or ""."""
     return ": correct its permissions" if isinstance(error, PermissionError) else ""
+
+
+def toml_entry(path: Path, name: str) -> str:
+    """Returns an entry of the operator's file about a model, or "". `read_model_spec` reports the
+    mistakes of the file.
+    """
+    try:
+        return str(tomllib.loads(read_text(path)).get(name, ""))
+    except (OSError, ValueError):
+        return ""
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from img2img_server.engine.weight_files import choose_weights, refuse_pickle
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-TOML: Final = "img2img.toml"
 # A hub that has not answered after this time is reported. A download has no limit while bytes
 # arrive.
 ANSWER_SECONDS: Final = 30.0

@@ -98,7 +98,12 @@ def load_denoiser(options: EngineOptions) -> tuple[DiffusersDenoiser, ModelSpec]
     device, dtype = device_and_dtype(options.device, options.dtype)
     defaults = ModelDefaults.of(options)
     spec = read_model_spec(options.model, defaults=defaults)
-    model = find_model(spec.source, allow_pickles=options.allow_pickles)
+    model = find_model(
+        spec.source,
+        model_name=options.model_name,
+        gguf_file=options.gguf_file,
+        allow_pickles=options.allow_pickles,
+    )
     if model.checkpoint is not None or str(model.path) != spec.source:
         spec = read_model_spec(options.model, model, defaults)
     if options.torch_threads:

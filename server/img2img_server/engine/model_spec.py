@@ -42,7 +42,7 @@ from img2img_server.domain.strength import StrengthRule
 from img2img_server.engine.checkpoint_file import read_checkpoint, toml_of
 from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS
-from img2img_server.engine.family import INDEX, ModelError, ModelFamily, ModelFiles
+from img2img_server.engine.family import INDEX, TOML, ModelError, ModelFamily, ModelFiles
 from img2img_server.engine.model_paths import fault_of_path, hint_of_folder
 from img2img_server.engine.options import sizes
 from img2img_server.engine.weight_files import is_pickle, refuse_pickle
@@ -186,6 +186,7 @@ class ModelDefaults:
     default_strength: float = -1.0
     native_size: int = 0
     allow_pickles: bool = False
+    gguf_file: Path | None = None
 
     @classmethod
     def of(cls, source: object) -> Self:
@@ -257,13 +258,13 @@ def read_model_spec(
             raise ModelError(f"there is no model at {fault_of_path(source or str(folder))}")
         if found is None:
             return ModelSpec(source=source, name=defaults.model_name or hub_id.repo)
-        toml = defaults.over(_read_toml(found.path / "img2img.toml"))
+        toml = defaults.over(_read_toml(found.path / TOML))
         return _spec(source, hub_id.repo, toml, found.files, defaults)
     if not (folder / INDEX).is_file():
         raise ModelError(
             f"{folder} is no diffusers model: it has no {INDEX}{hint_of_folder(folder)}"
         )
-    toml = defaults.over(_read_toml(folder / "img2img.toml"))
+    toml = defaults.over(_read_toml(folder / TOML))
     return _spec(str(folder), folder.resolve().name, toml, ModelFiles.read(folder), defaults)
 
 
@@ -274,12 +275,17 @@ def _single_file(path: Path, found: FoundModel | None, defaults: ModelDefaults) 
     if is_pickle(path):
         refuse_pickle(path, defaults.allow_pickles)
         return ModelSpec(source=str(path), name=toml.name or path.stem)
-    return _spec(str(path), path.stem, toml, read_checkpoint(path).files, defaults)
+    return _spec(str(path), path.stem, toml, _checkpoint(path, defaults), defaults)
+
+
+def _checkpoint(path: Path, defaults: ModelDefaults) -> ModelFiles:
+    return read_checkpoint(path, model_name=defaults.model_name).files
 
 
 def _spec(
     source: str, name: str, file: _File, files: ModelFiles, defaults: ModelDefaults
 ) -> ModelSpec:
+    files = files.named(defaults.model_name, defaults.gguf_file)
     family: ModelFamily = detect(files, source)
     offered = family.offered(files.scheduler)
     chosen = offered_name(file.defaults.scheduler, offered)

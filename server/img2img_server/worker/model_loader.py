@@ -157,7 +157,12 @@ class EngineLoader:
         defaults = ModelDefaults.of(settings)
         read_model_spec(settings.model, defaults=defaults)  # It names a missing model best.
         source = settings.model or str(packaged_model())
-        found = find_model(source, allow_pickles=settings.allow_pickles)
+        found = find_model(
+            source,
+            model_name=settings.model_name,
+            gguf_file=settings.gguf_file,
+            allow_pickles=settings.allow_pickles,
+        )
         spec = read_model_spec(settings.model, found, defaults)
         for fault in size_faults(settings.warm_up_sizes, spec):
             raise ModelError(fault, "warm_up_sizes")

@@ -32,29 +32,38 @@ class LocalModel:
     checkpoint: Checkpoint | None = None
 
 
-def find_model(source: str, *, allow_pickles: bool = False) -> LocalModel:
+def find_model(
+    source: str,
+    *,
+    model_name: str = "",
+    gguf_file: Path | None = None,
+    allow_pickles: bool = False,
+) -> LocalModel:
     """Returns the model of a directory, hub id or single file. Downloads the files of a hub id.
+
+    Args:
+        model_name, gguf_file: The settings of these names.
 
     Raises:
         ModelError: The model cannot be downloaded, or no family serves it.
     """
     path = Path(source)
     if path.is_file():
-        checkpoint = read_checkpoint(path, allow_pickles=allow_pickles)
-        files = checkpoint.files
+        checkpoint = read_checkpoint(path, model_name=model_name, allow_pickles=allow_pickles)
+        files = checkpoint.files.named(gguf_file=gguf_file)
         return LocalModel(path, files, detect(files, source), checkpoint)
     hub_id = None if path.is_dir() else HubId.parse(source)
     if hub_id is not None:
         path = download_model(
             hub_id, partial(parts_to_load, source=source), allow_pickles=allow_pickles
         )
-    files = replace(ModelFiles.read(path), name=source)
+    files = ModelFiles.read(path, str(hub_id or "")).named(model_name, gguf_file)
     return LocalModel(path, files, detect(files, source))
 
 
 def parts_to_load(files: ModelFiles, source: str) -> Collection[str]:
     """Returns the parts to download. Raises ModelError if the model cannot be served."""
-    files = replace(files, name=source)
+    files = replace(files, names=(source,))
     family = detect(files, source)
     if reason := family.refusal(files):
         raise ModelError(f"{source}: {reason}")

@@ -20,6 +20,7 @@ from img2img_server.engine.diffusers.samplers import (
     check_scheduler,
     own_sampler,
 )
+from img2img_server.engine.distillation import Distillation, find_distillation
 from img2img_server.engine.family import ModelError, ModelFiles, ModelTraits
 
 if TYPE_CHECKING:
@@ -130,6 +131,13 @@ class Family:
             raise ModelError(reason)
         check_scheduler(files.scheduler)
         config = files.config(self.denoiser)
+        steps, guidance_scale = self.undistilled_defaults(files)
+        own = scheduler or self.own_scheduler(files.scheduler)
+        if few := self.distillation(files):
+            steps = few.num_inference_steps or steps
+            guidance_scale = guidance_scale if few.guidance_scale is None else few.guidance_scale
+            offered = [it for it in few.schedulers if it in self.offered(files.scheduler)]
+            own = own if scheduler or own in few.schedulers else next(iter(offered), own)
         return ModelTraits(
             family=self.name,
             kind=self.kind,
@@ -139,15 +147,32 @@ class Family:
             in (Guidance.CLASSIFIER_FREE, Guidance.CLASSIFIER_FREE_FROM_ZERO),
             takes_prompt_weights=self.takes_prompt_weights,
             max_clip_skip=self.max_clip_skip(files),
-            scheduler=scheduler or self.own_scheduler(files.scheduler),
+            scheduler=own,
             schedulers=self.offered(files.scheduler),
             scheduler_max_steps=self.scheduler_max_steps(files.scheduler),
             native_size=self.native_side(config),
             side_multiple=self.side_multiple,
             max_side=self.max_side,
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
         )
+
+    def undistilled_defaults(self, files: ModelFiles) -> tuple[int, float]:
+        """Returns the steps and the guidance scale of a model that is not distilled."""
+        return self.num_inference_steps, self.guidance_scale
+
+    def distillation(self, files: ModelFiles) -> Distillation | None:
+        """Returns how a model was distilled for few steps; None: it was not."""
+        kinds, stated = self.distillations(files), self.stated_distillation(files)
+        return find_distillation(kinds, files.known_names, stated)
+
+    def distillations(self, files: ModelFiles) -> Sequence[Distillation]:
+        """Returns the kinds of distillation of the family that names show, the first one first."""
+        return ()
+
+    def stated_distillation(self, files: ModelFiles) -> Distillation | None:
+        """Returns the kind of distillation that the files show, whatever the names are."""
+        return None
 
     def max_clip_skip(self, files: ModelFiles) -> int:
         """Returns how many layers of the CLIP encoders a request may skip; 0: none can be."""
@@ -164,9 +189,9 @@ class Family:
         found = self.parts(files)
         needed = (self.denoiser, "vae", "scheduler")
         if missing := [name for name in needed if name not in found]:
+            place = next(iter(files.names), "the model")
             raise ModelError(
-                f"model_index.json of {files.name or 'the model'} names no {', '.join(missing)}: "
-                "it is incomplete"
+                f"model_index.json of {place} names no {', '.join(missing)}: it is incomplete"
             )
 
     def refusal(self, files: ModelFiles) -> str:

@@ -7,9 +7,19 @@ from typing import TYPE_CHECKING, ClassVar
 
 from img2img_server.engine.diffusers.families.base import Forward, LoadedModel
 from img2img_server.engine.diffusers.families.flux import PackedFamily, predict_packed
+from img2img_server.engine.distillation import Distillation
+from img2img_server.engine.family import ModelFiles
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# Chroma1-Flash runs 8 steps of Heun's method, which has two forwards for each, or 16 of Euler's.
+_FLASH = Distillation(
+    names=lambda name: name.describes("flash"),
+    num_inference_steps=16,
+    guidance_scale=1.0,
+    takes_named_steps=False,
+)
 
 
 class Chroma(PackedFamily):
@@ -24,6 +34,9 @@ class Chroma(PackedFamily):
     lora_parts: ClassVar[tuple[str, ...]] = ("transformer",)
     num_inference_steps = 35
     guidance_scale = 5.0
+
+    def distillations(self, files: ModelFiles) -> Sequence[Distillation]:
+        return (_FLASH,)
 
     def predict(self, model: LoadedModel, forwards: Sequence[Forward]) -> Sequence[Tensor]:
         import torch

@@ -7,19 +7,21 @@ flow matching. The model's language model that rewrites prompts is not loaded.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from img2img_server.engine.diffusers.families.base import FlowFamily, Forward, LoadedModel
 from img2img_server.engine.diffusers.families.codecs import patches
-from img2img_server.engine.family import ModelFiles, ModelTraits
+from img2img_server.engine.distillation import Distillation
+from img2img_server.engine.family import ModelFiles
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from img2img_server.engine.diffusers.vae import Autoencoder
 
-_TURBO_STEPS = 8
+_TURBO = Distillation(
+    names=lambda name: name.describes("turbo"), num_inference_steps=8, guidance_scale=1.0
+)
 # The stock pipeline has this number instead of the autoencoder's own.
 _EPSILON = 1e-5
 
@@ -35,11 +37,8 @@ class ErnieImage(FlowFamily):
     num_inference_steps = 50
     guidance_scale = 4.0
 
-    def traits(self, files: ModelFiles, scheduler: str = "") -> ModelTraits:
-        found = super().traits(files, scheduler)
-        if "turbo" not in files.known_names:
-            return found
-        return replace(found, num_inference_steps=_TURBO_STEPS, guidance_scale=1.0)
+    def distillations(self, files: ModelFiles) -> Sequence[Distillation]:
+        return (_TURBO,)
 
     def predict(self, model: LoadedModel, forwards: Sequence[Forward]) -> Sequence[Tensor]:
         import torch

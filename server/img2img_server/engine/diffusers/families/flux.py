@@ -14,6 +14,7 @@ from img2img_server.engine.diffusers.families.base import (
     LoadedModel,
 )
 from img2img_server.engine.diffusers.families.packing import pack, unpack
+from img2img_server.engine.distillation import Distillation
 from img2img_server.engine.family import ModelFiles, ModelTraits
 
 if TYPE_CHECKING:
@@ -24,7 +25,21 @@ if TYPE_CHECKING:
     from img2img_server.engine.denoiser import TextInput
 
 _T5_TOKENS = 512  # longest prompt in tokens, as in the stock pipelines
-_SCHNELL_STEPS = 4
+_SCHNELL = Distillation(
+    names=lambda name: name.has(r"\w*schnell\w*"), num_inference_steps=4, is_general=True
+)
+_KREA_GUIDANCE_SCALE = 4.5
+# Merges of dev with schnell or with a LoRA for few steps keep the guidance scale of dev.
+_DISTILLATIONS = (
+    _SCHNELL,
+    Distillation(
+        names=lambda name: (
+            name.describes("turbo") or name.describes("hyper") or name.has(r"(?:4|8|16)-?steps?")
+        ),
+        num_inference_steps=8,
+        is_general=True,
+    ),
+)
 
 
 class PackedFamily(FlowFamily):
@@ -111,11 +126,21 @@ class Flux(PackedFamily):
     guidance_scale = 3.5
 
     def traits(self, files: ModelFiles, scheduler: str = "") -> ModelTraits:
-        found = replace(super().traits(files, scheduler), takes_negative_prompt=True)
-        if found.guidance is not Guidance.NONE:
-            return found
-        # Schnell is distilled for few steps and takes no guidance.
-        return replace(found, num_inference_steps=_SCHNELL_STEPS, guidance_scale=1.0)
+        return replace(super().traits(files, scheduler), takes_negative_prompt=True)
+
+    def undistilled_defaults(self, files: ModelFiles) -> tuple[int, float]:
+        if self.guidance(files.config(self.denoiser)) is Guidance.NONE:
+            return self.num_inference_steps, 1.0
+        is_krea = any(name.has("krea") for name in files.known_names)
+        return self.num_inference_steps, _KREA_GUIDANCE_SCALE if is_krea else self.guidance_scale
+
+    def distillations(self, files: ModelFiles) -> Sequence[Distillation]:
+        return _DISTILLATIONS
+
+    def stated_distillation(self, files: ModelFiles) -> Distillation | None:
+        # Schnell and models derived from it take no guidance.
+        is_schnell = self.guidance(files.config(self.denoiser)) is Guidance.NONE
+        return _SCHNELL if is_schnell else None
 
     def guidance(self, config: Mapping[str, Any]) -> Guidance:
         return Guidance.EMBEDDED if config.get("guidance_embeds") else Guidance.NONE

@@ -7,14 +7,14 @@ flow matching.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from img2img_server.domain.models import Guidance
 from img2img_server.engine.diffusers.families.base import FlowFamily, Forward, LoadedModel
 from img2img_server.engine.diffusers.families.codecs import one_frame
 from img2img_server.engine.diffusers.families.packing import pack, unpack
-from img2img_server.engine.family import ModelFiles, ModelTraits
+from img2img_server.engine.distillation import Distillation
+from img2img_server.engine.family import ModelFiles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 # longest prompt in tokens, as in the stock pipeline; the end of the chat template takes 5 of them
 _TOKENS, _SUFFIX = 512, 5
-_DISTILLED_STEPS, _DISTILLED_SHIFT = 8, 1.15
+_DISTILLED_SHIFT = 1.15
+_TURBO = Distillation(
+    names=lambda name: name.describes("turbo"), num_inference_steps=8, guidance_scale=0.0
+)
 
 
 class Krea2(FlowFamily):
@@ -37,11 +40,11 @@ class Krea2(FlowFamily):
     num_inference_steps = 28
     guidance_scale = 4.5
 
-    def traits(self, files: ModelFiles, scheduler: str = "") -> ModelTraits:
-        found = super().traits(files, scheduler)
-        if not files.index.get("is_distilled"):
-            return found
-        return replace(found, num_inference_steps=_DISTILLED_STEPS, guidance_scale=0.0)
+    def distillations(self, files: ModelFiles) -> Sequence[Distillation]:
+        return (_TURBO,)
+
+    def stated_distillation(self, files: ModelFiles) -> Distillation | None:
+        return _TURBO if files.index.get("is_distilled") else None
 
     def guidance(self, config: Mapping[str, Any]) -> Guidance:
         return Guidance.CLASSIFIER_FREE_FROM_ZERO

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from img2img_server.domain.strength import StrengthRule
 from img2img_server.engine.diffusers.families.sd import StableDiffusion
+from img2img_server.engine.distillation import Distillation
 from img2img_server.engine.family import ModelFiles
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ class LatentConsistency(StableDiffusion):
     num_inference_steps = 4
     guidance_scale = 8.5
 
-    def few_steps(self, files: ModelFiles) -> tuple[int, float] | None:
-        return self.num_inference_steps, self.guidance_scale
+    def distillation(self, files: ModelFiles) -> Distillation | None:
+        return None  # The class has defaults of its own.
 
     def strength_arguments(self, strength: float) -> Mapping[str, Hashable]:
         return {"strength": strength}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from img2img_server.engine.diffusers.families.base import FlowFamily, Forward, LoadedModel
 from img2img_server.engine.diffusers.families.codecs import one_frame
 from img2img_server.engine.diffusers.families.packing import pack, unpack
-from img2img_server.engine.family import ModelFiles, ModelTraits
+from img2img_server.engine.distillation import Distillation
+from img2img_server.engine.family import ModelFiles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from img2img_server.engine.diffusers.vae import Autoencoder
 
 _TOKENS = 512  # longest prompt in tokens, as in the stock pipeline
-_LIGHTNING_STEPS = 8
+_LIGHTNING = Distillation(
+    names=lambda name: name.describes("lightning") or name.describes("turbo"),
+    num_inference_steps=8,
+    guidance_scale=1.0,
+)
+_DISTILLED = Distillation(  # Qwen-Image-Distill-Full
+    names=lambda name: name.has(r"distill(?:ed)?"), num_inference_steps=15, guidance_scale=1.0
+)
 # The model was trained with a space for an empty negative prompt.
 _EMPTY = " "
 
@@ -35,16 +42,15 @@ class QwenImage(FlowFamily):
     num_inference_steps = 50
     guidance_scale = 4.0
 
-    def traits(self, files: ModelFiles, scheduler: str = "") -> ModelTraits:
-        found, config = super().traits(files, scheduler), files.scheduler
+    def distillations(self, files: ModelFiles) -> Sequence[Distillation]:
+        return _LIGHTNING, _DISTILLED
+
+    def stated_distillation(self, files: ModelFiles) -> Distillation | None:
+        config = files.scheduler
         # Lightning models have one shift for all sizes, and their schedule is not stretched to a
         # terminal value.
         is_fixed = config.get("base_shift", 0.5) == config.get("max_shift", 1.15)
-        is_lightning = is_fixed and not config.get("shift_terminal")
-        if not is_lightning and "lightning" not in files.known_names:
-            return found
-        steps = files.named_steps or _LIGHTNING_STEPS
-        return replace(found, num_inference_steps=steps, guidance_scale=1.0)
+        return _LIGHTNING if is_fixed and not config.get("shift_terminal") else None
 
     def combine(self, prompted: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
         mixed = negative + scale * (prompted - negative)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from img2img_server.domain.models import Guidance
@@ -13,7 +12,15 @@ from img2img_server.engine.diffusers.families.base import (
     LoadedModel,
 )
 from img2img_server.engine.diffusers.unet_names import original_unet_name
-from img2img_server.engine.family import DISTILLED, ModelFiles, ModelTraits
+from img2img_server.engine.distillation import (
+    LCM,
+    LCM_EMBEDDED,
+    TCD,
+    TRAILING,
+    UNET_DISTILLATIONS,
+    Distillation,
+)
+from img2img_server.engine.family import ModelFiles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,29 +63,29 @@ class StableDiffusion(DiffusionFamily):
     native_size = 512
     max_side = 1024
 
-    def traits(self, files: ModelFiles, scheduler: str = "") -> ModelTraits:
-        found = super().traits(files, scheduler)
-        if few := self.few_steps(files):
-            return replace(found, num_inference_steps=few[0], guidance_scale=few[1])
-        if files.scheduler.get("_class_name", "").startswith("EDM"):
-            return replace(found, guidance_scale=_EDM_GUIDANCE_SCALE)
-        return found
+    def undistilled_defaults(self, files: ModelFiles) -> tuple[int, float]:
+        is_edm = str(files.scheduler.get("_class_name", "")).startswith("EDM")
+        scale = _EDM_GUIDANCE_SCALE if is_edm else self.guidance_scale
+        return self.num_inference_steps, scale
 
-    def few_steps(self, files: ModelFiles) -> tuple[int, float] | None:
-        """Returns steps and guidance scale of a distilled model; None for other models."""
-        config, names = files.scheduler, files.known_names
+    def distillations(self, files: ModelFiles) -> Sequence[Distillation]:
+        return UNET_DISTILLATIONS
+
+    def stated_distillation(self, files: ModelFiles) -> Distillation | None:
+        config = files.scheduler
         own = config.get("_class_name")
+        # Models with the guidance scale as an input are consistency models.
+        if self.guidance(files.config("unet")) is Guidance.EMBEDDED:
+            return LCM_EMBEDDED
         if own == "LCMScheduler":
-            is_embedded = self.guidance(files.config("unet")) is Guidance.EMBEDDED
-            return 8, 8.5 if is_embedded else 1.5
-        if own == "TCDScheduler" or DISTILLED.search(names):
-            return files.named_steps or 8, 0.0
+            return LCM
+        if own == "TCDScheduler":
+            return TCD
         is_plain = config.get("prediction_type", "epsilon") == "epsilon"
         is_trailing = config.get("timestep_spacing") == "trailing"
         if own in _TURBO and is_plain and is_trailing and not config.get("rescale_betas_zero_snr"):
-            return 4, 0.0
-        # Merges with a Turbo model run with little guidance.
-        return (8, 2.0) if "turbo" in names else None
+            return TRAILING
+        return None
 
     def refusal(self, files: ModelFiles) -> str:
         unet = files.config("unet")

@@ -12,13 +12,20 @@ from img2img_server.engine.diffusers.families.base import (
     LoadedModel,
     dynamic_shift,
 )
+from img2img_server.engine.distillation import Distillation
 from img2img_server.engine.family import ModelFiles, ModelTraits
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _T5_TOKENS = 256  # longest prompt in tokens, as in the stock pipelines
-_TURBO_STEPS = 4
+_FEW_STEPS = Distillation(  # 3.5 Large Turbo and Flash Diffusion
+    names=lambda name: name.describes("turbo") or name.describes("flash"),
+    num_inference_steps=4,
+    guidance_scale=1.0,
+)
+# 3.5 Medium Turbo and 3.5 Large TurboX
+_EIGHT_STEPS = replace(_FEW_STEPS, num_inference_steps=8)
 
 
 class StableDiffusion3(FlowFamily):
@@ -91,17 +98,21 @@ class StableDiffusion3(FlowFamily):
 
     def traits(self, files: ModelFiles, scheduler: str = "") -> ModelTraits:
         found = super().traits(files, scheduler)
+        # The size of the model's position embedding, in tokens of 2 x 2 latents.
+        grid = files.config("transformer").get("pos_embed_max_size", 192)
+        return replace(found, max_side=min(found.max_side, 16 * grid))
+
+    def undistilled_defaults(self, files: ModelFiles) -> tuple[int, float]:
         config = files.config("transformer")
         if config.get("dual_attention_layers"):  # Stable Diffusion 3.5 Medium
-            found = replace(found, num_inference_steps=40, guidance_scale=4.5)
-        elif config.get("qk_norm"):  # Stable Diffusion 3.5 Large
-            found = replace(found, guidance_scale=3.5)
-        if "turbo" in files.known_names:
-            steps = files.named_steps or _TURBO_STEPS
-            found = replace(found, num_inference_steps=steps, guidance_scale=1.0)
-        # The size of the model's position embedding, in tokens of 2 x 2 latents.
-        grid = config.get("pos_embed_max_size", 192)
-        return replace(found, max_side=min(found.max_side, 16 * grid))
+            return 40, 4.5
+        # Stable Diffusion 3.5 Large has normalised attention, too.
+        return self.num_inference_steps, 3.5 if config.get("qk_norm") else self.guidance_scale
+
+    def distillations(self, files: ModelFiles) -> Sequence[Distillation]:
+        is_medium = files.config("transformer").get("dual_attention_layers")
+        takes_eight = is_medium or any(name.has(r"turbo-?x") for name in files.known_names)
+        return (_EIGHT_STEPS if takes_eight else _FEW_STEPS,)
 
     def refusal(self, files: ModelFiles) -> str:
         config = files.config("transformer")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from img2img_server.domain.models import Guidance
 from img2img_server.engine.diffusers.families.base import FlowFamily, Forward, LoadedModel
-from img2img_server.engine.family import ModelFiles, ModelTraits
+from img2img_server.engine.distillation import Distillation
+from img2img_server.engine.family import ModelFiles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 _TOKENS = 512  # longest prompt in tokens, with its chat template, as in the stock pipeline
 # Turbo has a shift of 3. The model that it was distilled from has a shift of 6.
-_TURBO_SHIFT, _TURBO_STEPS = 3.0, 8
+_TURBO_SHIFT = 3.0
+_TURBO = Distillation(
+    names=lambda name: name.describes("turbo"), num_inference_steps=8, guidance_scale=0.0
+)
 
 
 class ZImage(FlowFamily):
@@ -39,11 +42,12 @@ class ZImage(FlowFamily):
     num_inference_steps = 28
     guidance_scale = 4.0
 
-    def traits(self, files: ModelFiles, scheduler: str = "") -> ModelTraits:
-        found = super().traits(files, scheduler)
-        if not _is_turbo(files):
-            return found
-        return replace(found, num_inference_steps=_TURBO_STEPS, guidance_scale=0.0)
+    def distillations(self, files: ModelFiles) -> Sequence[Distillation]:
+        return (_TURBO,)
+
+    def stated_distillation(self, files: ModelFiles) -> Distillation | None:
+        shift = float(files.scheduler.get("shift") or 0)
+        return _TURBO if shift == _TURBO_SHIFT else None
 
     def refusal(self, files: ModelFiles) -> str:
         if files.config("transformer").get("siglip_feat_dim") is None:
@@ -90,7 +94,3 @@ class ZImage(FlowFamily):
         )
         before, _, _ = text.partition("\0")
         return _TOKENS - len(tokenizer(before)["input_ids"])
-
-
-def _is_turbo(files: ModelFiles) -> bool:
-    return "turbo" in files.known_names or float(files.scheduler.get("shift") or 0) == _TURBO_SHIFT
