@@ -194,7 +194,7 @@ def _stable_diffusion(shapes: Shapes, hints: Hints) -> Checkpoint:
     prediction = hints.prediction_type
     if not prediction and "v_pred" in shapes:
         prediction = "v_prediction"
-    is_turbo = named is ORIGINAL_TURBO and not prediction
+    is_turbo = (named is not None and named.names is ORIGINAL_TURBO.names) and not prediction
     resolution = hints.resolution
     if is_v2 and not prediction:
         # 2.x has models of 512 pixels that predict noise, and models of 768 that predict v.

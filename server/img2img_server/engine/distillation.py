@@ -103,7 +103,7 @@ LCM: Final = Distillation(
 )
 LCM_EMBEDDED: Final = replace(LCM, guidance_scale=8.5)
 TCD: Final = Distillation(
-    names=lambda name: name.has("tcd"),
+    names=lambda name: name.describes("tcd"),
     num_inference_steps=8,
     guidance_scale=0.0,
     schedulers=("tcd", "lcm"),
@@ -126,7 +126,7 @@ UNET_DISTILLATIONS: Final = (
         guidance_scale=5.0,
     ),
     Distillation(
-        names=lambda name: name.has(r"(?:\w*xl-?)?dmd2?"),
+        names=lambda name: name.has(r"\w*dmd2"),
         num_inference_steps=4,
         guidance_scale=0.0,
         schedulers=_CONSISTENCY,
@@ -140,19 +140,19 @@ UNET_DISTILLATIONS: Final = (
         scheduler_config=_LCM_SCHEDULER,
     ),
     Distillation(
-        names=lambda name: name.has(r"sd-?xl-flash"),
+        names=lambda name: name.has(r"sd-?xl-flash") and name.describes("flash", needs_detail=True),
         num_inference_steps=7,
         guidance_scale=3.0,
         scheduler_config=_trailing("DPMSolverSinglestepScheduler"),
     ),
     Distillation(  # phased consistency models
-        names=lambda name: name.has("pcm") and not name.has("normalcfg"),
+        names=lambda name: name.describes("pcm") and not name.has("normalcfg"),
         num_inference_steps=8,
         guidance_scale=0.0,
         scheduler_config=_trailing("DDIMScheduler"),
     ),
     Distillation(
-        names=lambda name: name.has("pcm"),
+        names=lambda name: name.describes("pcm"),
         num_inference_steps=8,
         scheduler_config=_trailing("DDIMScheduler"),
     ),

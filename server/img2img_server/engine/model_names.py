@@ -26,13 +26,14 @@ _ARCHITECTURE: Final = re.compile(
 # Words that may follow the kind of checkpoint: formats, versions, steps, recommended samplers.
 _DETAIL: Final = re.compile(
     r"\d+(st|k|b)?|\d*steps?|fp\d+|bf16|int\d+|nf4|gguf|q\d\w*|x|large|medium|mini|base|pruned|ema|"
-    r"full|unet|transformer|lora|merged?|fused|distill(ed)?|\w*vae|diffusers|comfyui|hf|cfg|dpm\w*|"
-    r"sde|euler|karras|heun|ddim|alpha|beta|hd|dev|turbo|lightning|hyper|flash|lcm|tcd|pcm|dmd2?"
+    r"full|unet|transformer|lora|merged?|fused|distill(ed)?|\w*vae|diffusers|comfyui|hf|dpm\w*|"
+    r"sde|euler|karras|heun|ddim|alpha|beta|hd|dev|turbo|lightning|hyper|flash|lcm|tcd|pcm|dmd2|\w*cfg"
 )
 # A number of steps in a name such as "sdxl_lightning_4step" or "Hyper-SDXL-8steps-CFG".
 _STEPS: Final = re.compile(r"(?<!-epoch)-([1-9]|1[0-6])-?steps?(?=-)")
 _REVERSED: Final = re.compile(
     r"-(?:de|un|non|not|no|anti)-?(?:turbo|lightning|hyper|flash|lcm|schnell|distill(?:ed)?)(?=-)"
+    r"|-(?:turbo|lightning|hyper|flash|lcm|schnell)-free(?=-)"
     r"|-(?:open|libre)-?flux\d*(?=-)"
 )
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Chroma1-Flash runs 8 steps of Heun's method, which has two forwards for each, or 16 of Euler's.
 _FLASH = Distillation(
-    names=lambda name: name.describes("flash"),
+    names=lambda name: name.describes("flash", needs_detail=True),
     num_inference_steps=16,
     guidance_scale=1.0,
     takes_named_steps=False,

@@ -34,7 +34,9 @@ _DISTILLATIONS = (
     _SCHNELL,
     Distillation(
         names=lambda name: (
-            name.describes("turbo") or name.describes("hyper") or name.has(r"(?:4|8|16)-?steps?")
+            name.describes("turbo")
+            or name.describes("hyper", needs_detail=True)
+            or name.num_steps in (4, 8, 16)
         ),
         num_inference_steps=8,
         is_general=True,

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 _T5_TOKENS = 256  # longest prompt in tokens, as in the stock pipelines
 _FEW_STEPS = Distillation(  # 3.5 Large Turbo and Flash Diffusion
-    names=lambda name: name.describes("turbo") or name.describes("flash"),
+    names=lambda name: (
+        name.describes("turbo")
+        or name.has(r"flash-sd-?3|(?:sd|diffusion)-?3(?:-5)?(?:-(?:large|medium))?-flash")
+    ),
     num_inference_steps=4,
     guidance_scale=1.0,
 )
