@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -60,12 +59,12 @@ def fetch_parts(settings: Settings, source: str, folder: Path, revision: str = "
         raise ModelError("--revision is for hub models; objects on an S3 server have none")
 
     def target_of(files: ModelFiles) -> Path:
-        return folder / detect(replace(files, name=source), source).name
+        return folder / detect(files, source).name
 
     def needed(files: ModelFiles) -> Collection[str]:
         if fault_of(target_of(files), settings, _DENOISERS) is None:
             raise _ExistsError(f"{target_of(files)} has the parts of {source} already")
-        family = detect(replace(files, name=source), source)
+        family = detect(files, source)
         return [name for name in family.parts(files) if name not in _DENOISERS]
 
     draft = folder / "parts"  # Drafts have this name with a dot before it.

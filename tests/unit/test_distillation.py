@@ -13,6 +13,8 @@ import pytest
 
 from img2img_server.engine.checkpoint import CLIP, UNET, Hints, describe_unet
 from img2img_server.engine.diffusers.families import detect
+from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS, own_sampler
+from img2img_server.engine.distillation import UNET_DISTILLATIONS
 from img2img_server.engine.family import ModelFiles
 from img2img_server.engine.model_names import ModelName
 from img2img_server.engine.model_spec import ModelDefaults, ModelSpec, read_model_spec
@@ -262,6 +264,17 @@ def test_a_single_file_has_the_scheduler_of_its_kind(
     hints = Hints.of((f"/data/turbo/{name}.safetensors",), {})
     found = describe_unet(UNET_SHAPES, hints, name).files.scheduler
     assert (found["_class_name"], found.get("timestep_spacing")) == (class_name, spacing)
+
+
+@pytest.mark.parametrize("place", range(len(UNET_DISTILLATIONS)))
+def test_the_scheduler_of_a_single_file_is_offered_and_is_the_default(place: int) -> None:
+    kind = UNET_DISTILLATIONS[place]
+    if not kind.scheduler_config:
+        assert not kind.schedulers
+        return
+    name = own_sampler(kind.scheduler_config)
+    assert name in DIFFUSION_SAMPLERS
+    assert not kind.schedulers or name == kind.schedulers[0]
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,7 @@ def _stable_diffusion(shapes: Shapes, hints: Hints) -> Checkpoint:
     prediction = hints.prediction_type
     if not prediction and "v_pred" in shapes:
         prediction = "v_prediction"
-    is_turbo = (named is not None and named.names is ORIGINAL_TURBO.names) and not prediction
+    is_turbo = named is not None and named.names is ORIGINAL_TURBO.names and not prediction
     resolution = hints.resolution
     if is_v2 and not prediction:
         # 2.x has models of 512 pixels that predict noise, and models of 768 that predict v.
@@ -206,8 +206,8 @@ def _stable_diffusion(shapes: Shapes, hints: Hints) -> Checkpoint:
         side = 512
     unet = _unet(shapes, side, is_xl, is_v2)
     scheduler = _sd_scheduler(is_xl, is_v2, is_turbo, prediction)
-    if named and not is_turbo:
-        scheduler = {**scheduler, **named.scheduler_config}
+    if named and named.scheduler_config:
+        scheduler = {**_SD_BETAS, "prediction_type": prediction, **named.scheduler_config}
     if is_xl and "ztsnr" in shapes:
         scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     configs: dict[str, Mapping[str, Any]] = {"unet": unet, "scheduler": scheduler}

@@ -143,7 +143,7 @@ UNET_DISTILLATIONS: Final = (
         names=lambda name: name.has(r"sd-?xl-flash") and name.describes("flash", needs_detail=True),
         num_inference_steps=7,
         guidance_scale=3.0,
-        scheduler_config=_trailing("DPMSolverSinglestepScheduler"),
+        scheduler_config={"_class_name": "DPMSolverSinglestepScheduler"},
     ),
     Distillation(  # phased consistency models
         names=lambda name: name.describes("pcm") and not name.has("normalcfg"),
