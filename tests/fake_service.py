@@ -246,6 +246,7 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
             max_seed=2**63 - 1,
             max_strength=1,
             max_loras=8,
+            min_lora_scale=-2,
         )
         return service_pb2.GetCapabilitiesResponse(
             server_version="0.1.0", models=[model], limits=limits

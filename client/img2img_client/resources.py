@@ -293,6 +293,7 @@ class Limits:
     max_strength: float
     max_clip_skip: int
     max_loras: int
+    min_lora_scale: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

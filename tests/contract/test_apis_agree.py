@@ -394,8 +394,13 @@ async def test_strength_may_be_a_noise_level(api: str, apis: Apis) -> None:
 
 @pytest.mark.parametrize(
     "loras",
-    [[{"name": "oil: v2", "scale": 0.5}, {"name": "ink"}], [{"name": "ink", "scale": "0.25"}], []],
-    ids=["two", "text-number", "none"],
+    [
+        [{"name": "oil: v2", "scale": 0.5}, {"name": "ink"}],
+        [{"name": "ink", "scale": "0.25"}],
+        [{"name": "ink", "scale": -2}],
+        [],
+    ],
+    ids=["two", "text-number", "negative", "none"],
 )
 async def test_v1_takes_loras_in_a_list(loras: list[dict[str, Any]], apis: Apis) -> None:
     found = (await apis.make("v1", loras=loras)).spec.loras
@@ -414,7 +419,8 @@ async def test_v1_takes_loras_in_a_list(loras: list[dict[str, Any]], apis: Apis)
         ([{"name": "ink", "weight": 1}], LORA_LIST),
         ([{"name": "wool"}], "be of ink, oil: v2; there is no 'wool'"),
         ([{"scale": 1}], "be of ink, oil: v2; there is no ''"),
-        ([{"name": "ink", "scale": 2.5}], "have scales between 0 and 2"),
+        ([{"name": "ink", "scale": 2.5}], "have scales between -2 and 2"),
+        ([{"name": "ink", "scale": -2.5}], "have scales between -2 and 2"),
         ([{"name": "ink"}] * 2, "have each name once"),
         ([{"name": "ink"}] * 1_000, "not have more than 8 entries"),
     ],
@@ -432,8 +438,8 @@ async def test_v1_names_what_is_wrong_with_loras(loras: Any, rule: str, apis: Ap
 @pytest.mark.parametrize(
     "loras",
     [
-        {"loras": "oil: v2:0.5, ink"},
-        {"loras[oil: v2]": "0.5", "loras[ink]": "1"},
+        {"loras": "oil: v2:-0.5, ink"},
+        {"loras[oil: v2]": "-0.5", "loras[ink]": "1"},
     ],
     ids=["text", "scales"],
 )
@@ -447,7 +453,7 @@ async def test_a_form_of_openai_takes_loras(loras: dict[str, str], apis: Apis) -
     )
     assert answer.status_code == 200, answer.text
     found = (await apis.api.get(f"jobs/{answer.headers['img2img-job']}")).spec.loras
-    assert [(lora.name, lora.scale) for lora in found] == [("oil: v2", 0.5), ("ink", 1.0)]
+    assert [(lora.name, lora.scale) for lora in found] == [("oil: v2", -0.5), ("ink", 1.0)]
     assert "img2img-ignored-fields" not in answer.headers
 
 

@@ -25,6 +25,7 @@ from img2img_server.engine.base import (
     JobSuspended,
 )
 from img2img_server.engine.denoiser import Adapter, Conditioning
+from img2img_server.engine.diffusers import denoiser as denoiser_module
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.families import families as served
 from img2img_server.engine.diffusers.lora_forms import Change
@@ -180,6 +181,24 @@ def test_an_image_with_a_lora_is_the_one_of_the_changed_weights(written: Written
     assert [difference(a, b) for a, b in zip(found, expected, strict=True)] <= [BOUND] * len(found)
     assert difference(expected[0], expected[2]) > 2 * BOUND, "it does change the image"
     assert difference(found[0], found[-1]) == 0, "and nothing of it stays"
+
+
+@pytest.mark.parametrize("written", [write_sd], indirect=True, ids=["sd"])
+@pytest.mark.parametrize("most_work", [0.0, 9.0], ids=["in-the-weights", "next-to-the-layers"])
+def test_a_negative_scale_subtracts_the_change(
+    written: Written, most_work: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(denoiser_module, "most_branch_work", lambda *_, **__: most_work)
+    denoiser = load(written)
+    wanted = [job(loras=named("oil", scale), **WANTED) for scale in (1.0, -1.0, -0.5)]
+    wanted.append(job(loras=(Lora("ink", -1.0), Lora("oil", 0.5)), **WANTED))
+    with running(denoiser, loras=denoiser.loras) as engine:
+        found = [images(run(engine, each))[0] for each in wanted]
+
+    expected = [written.expected(each) for each in wanted]
+    assert max(map(difference, found, expected)) <= BOUND
+    assert min(map(difference, found, found[1:])) > 2 * BOUND, "the sign has an effect"
+    assert bool(denoiser._denoiser_loras._weights._kept) is not bool(most_work)
 
 
 @pytest.mark.parametrize("family", TRANSFORMERS)

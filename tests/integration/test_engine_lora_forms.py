@@ -181,9 +181,9 @@ def weight_of(denoiser: DiffusersDenoiser, part: str, name: str) -> Tensor:
 def check(
     found: WritingLoras, expected: Mapping[str, tuple[Tensor, Callable[[float], Tensor]]]
 ) -> None:
-    """Compares the weights at two scales, and afterwards."""
+    """Compares the weights at three scales, and afterwards."""
     before = {name: weight.clone() for name, (weight, _) in expected.items()}
-    for scale in (1.0, 0.5):
+    for scale in (1.0, 0.5, -1.0):
         found.use([found.adapter("ink", scale)])
         for name, (weight, formula) in expected.items():
             torch.testing.assert_close(weight, formula(scale), rtol=1e-4, atol=1e-4, msg=name)

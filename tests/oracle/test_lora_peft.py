@@ -82,7 +82,7 @@ def test_the_weights_are_those_of_peft(family: str, form: str, option: str, tmp_
     found = WritingLoras(ours, tmp_path)
     assert found.names == ("ink",)
     changed = 0
-    for scale in (1.0, 0.5):
+    for scale in (1.0, 0.5, -1.0):
         with torch.inference_mode():
             found.use([found.adapter("ink", scale)])
             for name, module in theirs.named_modules():

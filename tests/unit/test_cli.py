@@ -45,7 +45,7 @@ def test_every_option_reaches_the_request() -> None:
     words = "--strength 0.5 --seed 7 --samples 2 --width 640 --height 384 --steps 30 --guidance 4.5"
     words += " --negative-prompt dog --scheduler euler --model atelier --preview-every 5 --batch"
     words += " --no-safety-checker --enhance-prompt --temp --base64 --webhook https://example.com/w"
-    words += " --track-id t1 --request-id 7f1c --lora ink:0.5 --lora a:b --true-cfg-scale 2"
+    words += " --track-id t1 --request-id 7f1c --lora ink:-0.5 --lora a:b --true-cfg-scale 2"
     words += " --noise-level --allow-partial --annotation order=7 --annotation note=a=b"
     words += " --output-quality 80 --prompt-weights --clip-skip 2"
     assert run(service, *REQUEST, *words.split()).exit_code == 0
@@ -75,7 +75,7 @@ def test_every_option_reaches_the_request() -> None:
                 preview_interval_steps=5,
                 lane=job_pb2.LANE_BATCH,
                 loras=[
-                    job_pb2.Lora(name="ink", scale=0.5),
+                    job_pb2.Lora(name="ink", scale=-0.5),
                     job_pb2.Lora(name="a:b", scale=1.0),
                 ],
                 true_cfg_scale=2,

@@ -256,6 +256,7 @@ def test_capabilities_are_read(run: Run) -> None:
             min_strength=0.0,
             max_strength=1.0,
             max_loras=8,
+            min_lora_scale=-2.0,
         ),
     )
 

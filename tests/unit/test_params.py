@@ -10,7 +10,7 @@ from img2img_server.domain.violations import Reason, invalid_url
 
 GOOD = JobParams(prompt="a cat")
 CONTEXT = ValidationContext(schedulers=("ddim", "euler"), loras=("ink", "oil"))
-SCALES = {"min_scale": "0", "max_scale": "2"}
+SCALES = {"min_scale": "-2", "max_scale": "2"}
 
 
 def test_a_good_request_has_no_violation() -> None:
@@ -23,6 +23,7 @@ def test_the_limits_themselves_are_allowed() -> None:
         {"strength": 1.0, "seed": 2**63 - 1, "num_inference_steps": 100, "guidance_scale": 30.0},
         {"track_id": "x" * 191, "webhook": "https://example.org/hook", "scheduler": "euler"},
         {"loras": (Lora("ink", 2.0), Lora("oil", 0.0))},
+        {"loras": (Lora("ink", -2.0),)},
     ):
         assert validate(dataclasses.replace(GOOD, **changes), CONTEXT) == []
 
@@ -53,6 +54,7 @@ def test_the_limits_themselves_are_allowed() -> None:
         ({"loras": (Lora("ink"), Lora("wool"))}, Reason.NOT_SUPPORTED, {}),
         ({"loras": (Lora(""),)}, Reason.NOT_SUPPORTED, {}),
         ({"loras": (Lora("oil"), Lora("ink", 2.1))}, Reason.OUT_OF_RANGE, SCALES),
+        ({"loras": (Lora("oil"), Lora("ink", -2.1))}, Reason.OUT_OF_RANGE, SCALES),
         ({"loras": (Lora("ink", math.nan),)}, Reason.OUT_OF_RANGE, SCALES),
         ({"loras": (Lora("ink", 0.5), Lora("ink", 0.7))}, Reason.INVALID_FORMAT, {}),
         ({"loras": (Lora("ink"),) * 9}, Reason.TOO_MANY, {"max_entries": "8"}),

@@ -143,7 +143,8 @@ JOB_OPTIONS = (
         multiple=True,
         callback=_read_loras,
         help="A LoRA, see `img2img capabilities --json`, and the scale of its change, such as "
-        "ink:0.8. Default scale: 1.0. Can be given several times.",
+        "ink:0.8. Default scale: 1.0; a negative one subtracts the change. Can be given several "
+        "times.",
     ),
     click.option("--model", help="Name of the model, see `img2img capabilities`."),
     click.option(

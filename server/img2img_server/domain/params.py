@@ -73,6 +73,7 @@ class Limits:
     max_num_inference_steps: int = 100
     max_guidance_scale: float = 30.0
     max_loras: int = 8
+    min_lora_scale: float = -2.0
     max_lora_scale: float = 2.0
     max_clip_skip: int = 32  # no CLIP encoder has more layers
     max_preview_interval_steps: int = 100
@@ -279,10 +280,10 @@ def _loras(loras: tuple[Lora, ...], context: ValidationContext) -> Iterator[Viol
     names = [lora.name for lora in loras]
     if len(set(names)) < len(names):
         yield Violation(field, Reason.INVALID_FORMAT, "loras must have each name once")
-    most = limits.max_lora_scale
-    if not all(0.0 <= lora.scale <= most for lora in loras):  # False for NaN, too.
-        message = f"loras must have scales between 0 and {most:g}"
-        values = {"min_scale": "0", "max_scale": f"{most:g}"}
+    least, most = limits.min_lora_scale, limits.max_lora_scale
+    if not all(least <= lora.scale <= most for lora in loras):  # False for NaN, too.
+        message = f"loras must have scales between {least:g} and {most:g}"
+        values = {"min_scale": f"{least:g}", "max_scale": f"{most:g}"}
         yield Violation(field, Reason.OUT_OF_RANGE, message, values=values)
 
 

@@ -196,7 +196,9 @@ class Lora(_message.Message):
     name: _builtins.str
     """Name of a LoRA of the model, see Model.loras. Required."""
     scale: _builtins.float
-    """Scale of the change: 0.0 (no effect) to 2.0, default 1.0."""
+    """Scale of the change: -2.0 to 2.0, default 1.0. 0.0 has no effect; a negative scale subtracts the
+    change, as LoRAs that are made as sliders need it.
+    """
     def __init__(
         self,
         *,

@@ -1206,6 +1206,7 @@ class Limits(_message.Message):
     MAX_STRENGTH_FIELD_NUMBER: _builtins.int
     MAX_CLIP_SKIP_FIELD_NUMBER: _builtins.int
     MAX_LORAS_FIELD_NUMBER: _builtins.int
+    MIN_LORA_SCALE_FIELD_NUMBER: _builtins.int
     max_prompt_characters: _builtins.int
     """Longest prompt, in Unicode code points."""
     min_side_pixels: _builtins.int
@@ -1254,6 +1255,8 @@ class Limits(_message.Message):
     """Largest clip_skip; a model can have a smaller one."""
     max_loras: _builtins.int
     """Largest number of LoRAs of a job."""
+    min_lora_scale: _builtins.float
+    """Smallest LoRA scale."""
     @_builtins.property
     def retention(self) -> _duration_pb2.Duration:
         """Time for which a job is kept after its end."""
@@ -1293,10 +1296,11 @@ class Limits(_message.Message):
         max_strength: _builtins.float = ...,
         max_clip_skip: _builtins.int = ...,
         max_loras: _builtins.int = ...,
+        min_lora_scale: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["retention", b"retention"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["init_image_media_types", b"init_image_media_types", "max_annotation_characters", b"max_annotation_characters", "max_annotation_name_characters", b"max_annotation_name_characters", "max_annotations", b"max_annotations", "max_clip_skip", b"max_clip_skip", "max_guidance_scale", b"max_guidance_scale", "max_image_bytes", b"max_image_bytes", "max_image_pixels", b"max_image_pixels", "max_lora_scale", b"max_lora_scale", "max_loras", b"max_loras", "max_message_bytes", b"max_message_bytes", "max_negative_prompt_characters", b"max_negative_prompt_characters", "max_num_inference_steps", b"max_num_inference_steps", "max_preview_interval_steps", b"max_preview_interval_steps", "max_prompt_characters", b"max_prompt_characters", "max_queued_jobs", b"max_queued_jobs", "max_samples", b"max_samples", "max_seed", b"max_seed", "max_side_pixels", b"max_side_pixels", "max_strength", b"max_strength", "max_track_id_characters", b"max_track_id_characters", "max_url_characters", b"max_url_characters", "min_side_pixels", b"min_side_pixels", "min_strength", b"min_strength", "retention", b"retention", "side_multiple", b"side_multiple"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["init_image_media_types", b"init_image_media_types", "max_annotation_characters", b"max_annotation_characters", "max_annotation_name_characters", b"max_annotation_name_characters", "max_annotations", b"max_annotations", "max_clip_skip", b"max_clip_skip", "max_guidance_scale", b"max_guidance_scale", "max_image_bytes", b"max_image_bytes", "max_image_pixels", b"max_image_pixels", "max_lora_scale", b"max_lora_scale", "max_loras", b"max_loras", "max_message_bytes", b"max_message_bytes", "max_negative_prompt_characters", b"max_negative_prompt_characters", "max_num_inference_steps", b"max_num_inference_steps", "max_preview_interval_steps", b"max_preview_interval_steps", "max_prompt_characters", b"max_prompt_characters", "max_queued_jobs", b"max_queued_jobs", "max_samples", b"max_samples", "max_seed", b"max_seed", "max_side_pixels", b"max_side_pixels", "max_strength", b"max_strength", "max_track_id_characters", b"max_track_id_characters", "max_url_characters", b"max_url_characters", "min_lora_scale", b"min_lora_scale", "min_side_pixels", b"min_side_pixels", "min_strength", b"min_strength", "retention", b"retention", "side_multiple", b"side_multiple"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

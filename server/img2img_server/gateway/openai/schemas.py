@@ -84,7 +84,11 @@ def _fields(limits: Limits) -> dict[str, Schema]:
         "maximum": limits.max_strength,
         "description": "How strongly the image is changed. Default: the model's own.",
     }
-    scale = {"type": "number", "minimum": 0, "maximum": limits.max_lora_scale}
+    scale = {
+        "type": "number",
+        "minimum": limits.min_lora_scale,
+        "maximum": limits.max_lora_scale,
+    }
     loras = {
         "description": "LoRAs and their scales, such as `ink:0.8,oil`, or an object, in a form the "
         "fields `loras[ink]` and so on. `/v1/capabilities` has the names.",

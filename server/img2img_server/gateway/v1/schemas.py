@@ -220,7 +220,7 @@ def _keywords(name: str, limits: Limits) -> Schema:
         text = "-1: drawn at random. Beyond 2^53 as a string: JSON numbers lose digits."
         return {"minimum": RANDOM_SEED, "maximum": limits.max_seed, "description": text}
     if name == "scale":
-        return {"minimum": 0, "maximum": limits.max_lora_scale}
+        return {"minimum": limits.min_lora_scale, "maximum": limits.max_lora_scale}
     if name == "true_cfg_scale":
         return {"minimum": 0, "maximum": limits.max_guidance_scale}
     if longest := getattr(limits, f"max_{name}_characters", None):

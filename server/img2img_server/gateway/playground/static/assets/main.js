@@ -53,6 +53,8 @@ async function loadCapabilities() {
 function setLimits(limits) {
   $("samples").max = limits.max_samples;
   $("guidance").max = limits.max_guidance_scale;
+  $("lora-scale").min = limits.min_lora_scale;
+  $("lora-scale").max = limits.max_lora_scale;
 }
 
 function adaptToModel() {
