@@ -32,6 +32,7 @@ NUMBERS = {
     "preview_interval_steps": "1",
     "true_cfg_scale": "2",
     "output_quality": "80",
+    "clip_skip": "1",
 }
 ADDRESSES = ("webhook", "public_url", "endpoint_url")
 # Printable text without folders named "..", which a pattern cannot express.
