@@ -55,6 +55,8 @@ LINEAR = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 OUT = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0"
 CONVOLUTION = "down_blocks.0.resnets.0.conv1"
 TEXT = "encoder.layers.0.self_attn.q_proj"
+T5 = "encoder.block.0.layer.0.SelfAttention.q"
+LANGUAGE_MODEL = ("text_encoder", "layers.0.self_attn.v_proj")
 UNET = (("unet", LINEAR), ("unet", OUT), ("unet", CONVOLUTION), ("text_encoder", TEXT))
 # Names of weights in models with a transformer, by family.
 TRANSFORMERS = {
@@ -62,25 +64,29 @@ TRANSFORMERS = {
         ("transformer", "single_transformer_blocks.1.proj_mlp"),
         ("transformer", "transformer_blocks.1.attn.add_k_proj"),
         ("text_encoder", TEXT),
+        ("text_encoder_2", T5),
     ),
-    "chroma": (("transformer", "transformer_blocks.0.attn.to_q"),),
+    "chroma": (("transformer", "transformer_blocks.0.attn.to_q"), ("text_encoder", T5)),
     "sd3": (
         ("transformer", "transformer_blocks.1.attn.to_q"),
         ("text_encoder", TEXT),
         ("text_encoder_2", TEXT),
+        ("text_encoder_3", T5),
     ),
     "z_image": (
         ("transformer", "layers.1.attention.to_v"),
         ("transformer", "layers.0.feed_forward.w1"),
+        LANGUAGE_MODEL,
     ),
     "qwen_image": (
         ("transformer", "transformer_blocks.1.attn.add_q_proj"),
         ("transformer", "transformer_blocks.0.img_mlp.net.2"),
+        LANGUAGE_MODEL,
     ),
-    "sana_sprint": (("transformer", "transformer_blocks.1.attn2.to_v"),),
-    "krea2": (("transformer", "transformer_blocks.1.attn.to_v"),),
-    "ernie_image": (("transformer", "layers.1.self_attention.to_v"),),
-    "lumina2": (("transformer", "layers.1.attn.to_v"),),
+    "sana_sprint": (("transformer", "transformer_blocks.1.attn2.to_v"), LANGUAGE_MODEL),
+    "krea2": (("transformer", "transformer_blocks.1.attn.to_v"), LANGUAGE_MODEL),
+    "ernie_image": (("transformer", "layers.1.self_attention.to_v"), LANGUAGE_MODEL),
+    "lumina2": (("transformer", "layers.1.attn.to_v"), LANGUAGE_MODEL),
     "kolors": (("unet", LINEAR), ("unet", OUT)),
 }
 SCHEDULERS = {family.name: family.default_scheduler for family in served()}

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from img2img_server.engine.diffusers import lora_forms
+from img2img_server.engine.diffusers import lora_file
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.lora_layers import Part
 from img2img_server.errors import EngineError
@@ -321,7 +321,7 @@ def test_a_file_that_does_not_fit_is_reported_and_does_not_stop_the_others(
             },
             "the model has no layers for lora_unet_double_blocks_0_img_attn_qkv",
         ),
-        "more": ({**good, "bundle_emb.x": draw(4)}, "no part of a LoRA: bundle_emb.x"),
+        "more": ({**good, "bundle_emb.x": draw(4)}, "into IMG2IMG_EMBEDDINGS_DIR as files"),
         "half": ({f"{name}.lora_A.weight": draw(RANK, 4)}, "no complete LoRA"),
         "nan": (
             {**good, f"{name}.lora_B.weight": torch.full((weight.shape[0], RANK), math.nan)},
@@ -430,7 +430,7 @@ def test_a_file_that_cannot_be_read_now_is_read_again(
         raise OSError(errno.ESTALE, "Stale file handle")
 
     with monkeypatch.context() as patched:
-        patched.setattr(lora_forms, "safe_open", unreadable)
+        patched.setattr(lora_file, "safe_open", unreadable)
         found = loras(denoiser, tmp_path)
         assert (found.refresh(), found.names) == (False, ())
     assert (found.refresh(), found.names) == (True, ("ink",))
@@ -438,7 +438,7 @@ def test_a_file_that_cannot_be_read_now_is_read_again(
     assert events.count("lora_unreadable") == 1, "it is reported once"
 
     with monkeypatch.context() as patched:
-        patched.setattr(lora_forms, "safe_open", unreadable)
+        patched.setattr(lora_file, "safe_open", unreadable)
         file.touch()
         os.utime(file, ns=(0, 0))
         assert [found.refresh() for _ in range(3)] == [False] * 3

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from img2img_server.engine.denoiser import Adapter
 from img2img_server.engine.diffusers.families.base import Family, LoadedModel
-from img2img_server.engine.diffusers.lora_forms import Change, read_lora_file
+from img2img_server.engine.diffusers.lora_file import read_lora_file
+from img2img_server.engine.diffusers.lora_forms import Change
 from img2img_server.engine.diffusers.lora_layers import LoraContent
-from img2img_server.engine.diffusers.lora_names import find_targets
+from img2img_server.engine.diffusers.lora_names import Target, find_targets
 from img2img_server.engine.diffusers.lora_options import LoraError
 from img2img_server.engine.diffusers.watched_folder import WatchedFolder
+from img2img_server.engine.tensor_names import first_names
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +81,7 @@ def read_changes(model: LoadedModel, family: Family, file: Path) -> tuple[Change
         OSError: The file cannot be read at present.
     """
     content = read_lora_file(file)
-    targets = find_targets(model, family, content.groups)
+    targets = _without_copies(file, find_targets(model, family, content.groups))
     changes = []
     for group in content.groups:
         for target in targets[group.name]:
@@ -98,3 +101,33 @@ def read_changes(model: LoadedModel, family: Family, file: Path) -> tuple[Change
     for change in changes:
         change.check()
     return tuple(changes)
+
+
+def _without_copies(
+    file: Path, targets: Mapping[str, Sequence[Target]]
+) -> Mapping[str, Sequence[Target]]:
+    """Returns the targets without second ones for a layer. Some trainers of Z-Image store a layer
+    under the original name too, with `qkv` as one layer; diffusers skips these copies.
+
+    Raises:
+        LoraError: There are two targets for a layer, and none of them is such a copy.
+    """
+    found: dict[str, list[Target]] = {name: [] for name in targets}
+    taken: dict[int, tuple[str, Target]] = {}
+    copies = []
+    in_order = [(name, target) for name, own in targets.items() for target in own]
+    for name, target in sorted(in_order, key=lambda each: each[1].is_original):
+        first, other = taken.setdefault(id(target.module), (name, target))
+        if first == name:
+            found[name].append(target)
+        elif target.is_original and not other.is_original:
+            copies.append(name)
+        else:
+            raise LoraError(
+                f"it changes the layer {target.layer} twice, as {first} and as {name}: remove one "
+                "of them from the file"
+            )
+    if copies:
+        text = "lora_copies_unused: %s: %s are in the file under other names too"
+        _log.warning(text, file.name, first_names(dict.fromkeys(copies)))
+    return found

@@ -1,79 +1,30 @@
-"""Reads the changes of weights in LoRA files: LoRA, LoCon, LoHa, LoKr and full differences, each
-also with DoRA's magnitudes, and changes of biases.
+"""Computes the changes of weights in LoRA files: LoRA, LoCon, LoHa, LoKr and full differences, each
+also with DoRA's magnitudes, changes of biases, and the forms of lora_products.py.
 
-A file has groups of tensors; the tensors of a group have the name of a layer and a suffix. Each
-group becomes a `Change`, which computes the difference for one weight. lora_names.py finds the
-layers of the model that belong to a name.
+A file has groups of tensors (lora_file.py); the tensors of a group have the name of a layer and a
+suffix. Each group becomes a `Change`, which computes the difference for one weight. lora_names.py
+finds the layers of the model that belong to a name.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from img2img_server.engine.diffusers.lora_options import HEADER, LoraError, LoraOptions
-from img2img_server.engine.family import ModelAccessError, ModelError
-from img2img_server.engine.file_kinds import kind_of_addition
-from img2img_server.engine.tensor_names import first_names
-from img2img_server.engine.weight_files import read_header
-
-_LORA = {
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_A.default.weight": "down",
-    ".lora_B.default.weight": "up",
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    "_lora.down.weight": "down",
-    "_lora.up.weight": "up",
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    # XLabs has two LoRAs for each name, qkv_lora1 and qkv_lora2.
-    ".down.weight": "down",
-    ".up.weight": "up",
-}
-# The suffixes of tensors, longer ones first where one contains another.
-_SUFFIXES = {
-    **_LORA,
-    ".lora_mid.weight": "mid",
-    ".hada_w1_a": "hada_w1_a",
-    ".hada_w1_b": "hada_w1_b",
-    ".hada_w2_a": "hada_w2_a",
-    ".hada_w2_b": "hada_w2_b",
-    ".hada_t1": "hada_t1",
-    ".hada_t2": "hada_t2",
-    ".lokr_w1": "lokr_w1",
-    ".lokr_w1_a": "lokr_w1_a",
-    ".lokr_w1_b": "lokr_w1_b",
-    ".lokr_w2": "lokr_w2",
-    ".lokr_w2_a": "lokr_w2_a",
-    ".lokr_w2_b": "lokr_w2_b",
-    ".lokr_t2": "lokr_t2",
-    ".diff": "diff",
-    ".diff_b": "bias_diff",
-    ".w_norm": "diff",
-    ".b_norm": "bias_diff",
-    ".lora_B.bias": "bias",
-    ".lora_magnitude_vector.default.weight": "magnitude",
-    ".lora_magnitude_vector.weight": "magnitude",
-    ".lora_magnitude_vector": "magnitude",
-    ".dora_scale": "dora_scale",
-    ".lora_A.weight.alpha": "alpha",
-    ".lora_B.weight.alpha": "alpha",
-    ".lora_down.weight.alpha": "alpha",
-    ".alpha": "alpha",
-}
-_BY_LENGTH = sorted(_SUFFIXES, key=len, reverse=True)
+from img2img_server.engine.diffusers.lora_options import LoraError, LoraOptions
+from img2img_server.engine.diffusers.lora_products import (
+    GLORA,
+    IA3,
+    OFT,
+    is_product,
+    product_change,
+    product_rank,
+    product_sizes,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +42,16 @@ class Group:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The numbers of outputs and inputs of the layer as the file has them. The kernel
-        of a convolution counts with the inputs only if the form does not separate them.
+        """The numbers of outputs and inputs of the layer as the file has them; 0 if the form does
+        not say one. The kernel of a convolution counts with the inputs only if the form does not
+        separate them.
         """
         return self._sizes()
 
     def _sizes(self) -> tuple[int, int]:
         own = self.tensors
+        if is_product(own):
+            return product_sizes(own)
         if "up" in own:
             return own["up"].shape[0], own["down"].shape[1]
         if "diff" in own:
@@ -135,17 +89,20 @@ class Group:
             raise LoraError(
                 f"{self.name} has {have}, which is no complete LoRA, LoHa or LoKr{lacks}"
             )
+        if is_product(self.tensors) and {"magnitude", "dora_scale"} & self.tensors.keys():
+            raise LoraError(f"{self.name} has magnitudes of DoRA, which its form does not take")
         for role, tensor in self.tensors.items():
             suffix = self.suffixes[role]
-            is_number = tensor.is_floating_point() or (role == "alpha" and not tensor.is_complex())
+            is_whole = role in ("alpha", "on_input") and not tensor.is_complex()
+            is_number = tensor.is_floating_point() or is_whole
             if not is_number or not torch.isfinite(tensor.float()).all():
                 raise LoraError(f"{self.name}{suffix} has values that are not finite numbers")
             if not tensor.numel():
                 raise LoraError(f"{self.name}{suffix} has no values")
-            if role == "alpha" and tensor.numel() != 1:
+            if role in ("alpha", "on_input") and tensor.numel() != 1:
                 raise LoraError(f"{self.name}{suffix} has {tensor.numel()} values instead of one")
         try:
-            if self.changes_weight:
+            if self.changes_weight and not is_product(self.tensors):
                 self.delta(torch.device("meta"))
             self._sizes()
         except (IndexError, RuntimeError, ValueError) as error:
@@ -169,6 +126,8 @@ class Group:
     def _rank(self) -> int | None:
         """Returns the rank of the factors; None for a change that is stored whole."""
         own = self.tensors
+        if is_product(own):
+            return product_rank(own)
         for role in ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
             if role in own:
                 return own[role].shape[0]
@@ -221,6 +180,10 @@ _COMPLETE: tuple[set[str], ...] = (
     {"down", "up"},
     {"down", "up", "mid"},
     {"diff"},
+    {*GLORA},
+    {*OFT},
+    {*OFT, "rescale"},
+    {*IA3},
     _HADA,
     _HADA | {"hada_t1", "hada_t2"},
     *(
@@ -248,86 +211,6 @@ def _kronecker_factors(own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     if "lokr_t2" in own:
         return first, _tucker(own["lokr_t2"], own["lokr_w2_a"], own["lokr_w2_b"])
     return first, own["lokr_w2_a"] @ own["lokr_w2_b"]
-
-
-@dataclass(frozen=True, slots=True)
-class LoraFile:
-    """The content of a LoRA file.
-
-    Attributes:
-        options: The options of peft, by NAME_OF_PART.OPTION, if the file has them.
-    """
-
-    groups: tuple[Group, ...]
-    options: Mapping[str, Any]
-
-    def options_of(self, part: str) -> LoraOptions:
-        """Returns the options for one part of the pipeline."""
-        prefix = f"{part}."
-        own = {
-            key.removeprefix(prefix): value
-            for key, value in self.options.items()
-            if key.startswith(prefix)
-        }
-        return LoraOptions(own)
-
-
-def read_lora_file(file: Path) -> LoraFile:
-    """Reads a .safetensors file.
-
-    Raises:
-        LoraError: It is damaged, or has a tensor that is no part of a LoRA.
-        OSError: It cannot be read at present.
-    """
-    try:
-        names = read_header(file).keys()
-    except ModelAccessError as error:
-        raise OSError(str(error)) from error
-    except ModelError as error:
-        raise LoraError(str(error).replace(f"{file} ", "it ", 1)) from error
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
-            # Copies: a file that is replaced must not change or end the worker.
-            tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise LoraError(f"it is no readable .safetensors file: {error}") from error
-    try:
-        options = json.loads(header.get(HEADER, "{}"))
-    except ValueError as error:
-        raise LoraError(f"its header {HEADER} is no JSON") from error
-    if not isinstance(options, dict):
-        raise LoraError(f"its header {HEADER} is no JSON object")
-    if not any(name.endswith(tuple(_SUFFIXES)) for name in names) and (
-        kind := kind_of_addition(names)
-    ):
-        raise LoraError(f"it has no tensors of a LoRA: it {kind}")
-    groups = _groups(tensors)
-    for group in groups:
-        group.check()
-    return LoraFile(groups, options)
-
-
-def _groups(tensors: Mapping[str, Tensor]) -> tuple[Group, ...]:
-    found: dict[str, dict[str, str]] = {}
-    foreign = []
-    for key in tensors:
-        suffix = next((suffix for suffix in _BY_LENGTH if key.endswith(suffix)), None)
-        if suffix is None:
-            foreign.append(key)
-            continue
-        keys = found.setdefault(key.removesuffix(suffix), {})
-        if _SUFFIXES[suffix] in keys:
-            raise LoraError(f"{key.removesuffix(suffix)} has two tensors for {_SUFFIXES[suffix]}")
-        keys[_SUFFIXES[suffix]] = suffix
-    if not found:
-        raise LoraError("it has no tensors of a LoRA")
-    if foreign:
-        raise LoraError(f"it has tensors that are no part of a LoRA: {first_names(foreign)}")
-    return tuple(
-        Group(name, {role: tensors[name + suffix] for role, suffix in keys.items()}, keys)
-        for name, keys in found.items()
-    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -363,6 +246,14 @@ class Change:
         inputs = inputs if self.columns is None else len(self.columns)
         own_outputs, *rest = self.weight.shape
         own_inputs, flat = (rest or [1])[0], math.prod(rest)
+        if is_product(self.group.tensors):
+            is_cut = self.rows is not None and "oft_blocks" in self.group.tensors
+            if is_cut or self.columns is not None or self.weight.ndim not in (2, 4):
+                raise LoraError(
+                    f"{self.group.name} has a form that cannot be used for {layer}, which is a "
+                    "part of its layer: merge it into the model, and serve the merged model"
+                )
+            outputs, inputs = outputs or own_outputs, inputs or own_inputs
         if outputs != own_outputs or inputs not in (own_inputs, flat):
             have, want = f"{outputs} x {inputs}", f"{own_outputs} x {own_inputs}"
             raise LoraError(
@@ -377,6 +268,10 @@ class Change:
 
     def delta(self, original: Tensor, scale: float) -> Tensor:
         """Returns the difference from the original weight, in float32."""
+        own = self.group.tensors
+        if is_product(own):
+            own = {role: it.to(original.device, torch.float32) for role, it in own.items()}
+            return product_change(own, original.float(), scale * self.factor, self.rows)
         change = self.group.delta()
         if self.rows is not None:
             change = change[self.rows]

@@ -8,6 +8,7 @@ into several is found for every form, although the converters know LoRA only.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,10 +32,18 @@ _TEXT_ENCODERS = {
     "text_encoder_2": ("lora_te2_",),
     "text_encoder_3": ("lora_te3_",),
 }
+_T5 = "lora_te3_"  # kohya's name of T5 in FLUX too, where it is the second encoder
 _PEFT = "base_model.model."  # the beginning of the names of all layers in peft
-# The names of the text encoders that a LoRA may change, in ComfyUI.
-_COMFY_ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-_DENOISER = ("lora_unet_", "lora_transformer_", "lycoris_")
+# The names of the text encoders in ComfyUI: of CLIP by part, of others by the start of their class.
+_COMFY_CLIP = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+_COMFY_ENCODERS = {
+    "T5": "t5xxl",
+    "Gemma2": "gemma2_2b",
+    "Qwen2_5_VL": "qwen25_7b",
+    "Qwen3": "qwen3_4b",
+}
+_DENOISER = ("lora_unet_", "lora_transformer_", "lycoris_", "oft_unet_")
+_PROCESSOR = re.compile(r"(.*\.attn\d?)\.(to_[qkv]|to_out)(\.0)?")  # older versions of diffusers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +52,7 @@ class Target:
 
     Attributes:
         rows, columns: The outputs and the inputs of the group that belong to it; None: all.
+        is_original: Whether the file has the layer's name in the code of the model's authors.
     """
 
     part: str
@@ -50,6 +60,7 @@ class Target:
     module: nn.Module
     rows: Tensor | None = None
     columns: Tensor | None = None
+    is_original: bool = False
 
     @property
     def weight(self) -> Tensor:
@@ -75,7 +86,7 @@ def find_targets(
     """
     layers = _layers(model, family)
     known = {
-        alias: (target,) for target in layers.values() for alias in _aliases(family, target)
+        alias: (target,) for target in layers.values() for alias in _aliases(model, family, target)
     } | _original_layers(model, family, layers.values())
     found: dict[str, tuple[Target, ...]] = {
         group.name: known[group.name] for group in groups if group.name in known
@@ -83,9 +94,17 @@ def find_targets(
     for group in groups:
         _check_outputs(group, found.get(group.name, ()))
     others = [group for group in groups if group.name not in found]
+    if unsized := [group.name for group in others if 0 in group.shape]:
+        raise _belongs_elsewhere(unsized)
     if others:
         found |= _converted(model, family, others, layers)
     return found
+
+
+def _belongs_elsewhere(names: Sequence[str]) -> LoraError:
+    return LoraError(
+        f"the model has no layers for {first_names(names)}: the file belongs to another model"
+    )
 
 
 def _check_outputs(group: Group, pieces: tuple[Target, ...]) -> None:
@@ -109,22 +128,40 @@ def _layers(model: LoadedModel, family: Family) -> Mapping[tuple[str, str], Targ
     }
 
 
-def _aliases(family: Family, target: Target) -> Iterator[str]:
+def _aliases(model: LoadedModel, family: Family, target: Target) -> Iterator[str]:
     """Yields the names that tools give to a layer."""
-    names = [target.layer]
+    name = target.layer
     if target.part != family.denoiser:
-        # Newer versions of transformers have removed a level of the names.
-        names.append(f"text_model.{target.layer}")
-    for name in names:
+        yield from _encoder_aliases(model, target)
+        return
+    for prefix in ("", f"{target.part}.", "diffusion_model.", "model.diffusion_model."):
+        yield prefix + name
+    for prefix in _DENOISER:
+        yield prefix + name.replace(".", "_")
+    if match := _PROCESSOR.fullmatch(name):
+        yield f"{match[1]}.processor.{match[2]}"
+
+
+def _encoder_aliases(model: LoadedModel, target: Target) -> Iterator[str]:
+    """Yields the names that tools give to a layer of a text encoder."""
+    encoder = type(getattr(model.pipeline, target.part)).__name__
+    prefixes = _TEXT_ENCODERS[target.part]
+    if encoder.startswith("T5"):
+        prefixes = (*prefixes, _T5)
+    if encoder.startswith("CLIP"):
+        in_comfy = _COMFY_CLIP.get(target.part, "")
+    else:
+        in_comfy = next(
+            (_COMFY_ENCODERS[it] for it in _COMFY_ENCODERS if encoder.startswith(it)), ""
+        )
+    # Versions of transformers differ in the levels of the names.
+    plain = target.layer.replace("language_model.", "").removeprefix("model.")
+    for name in {target.layer: 0, f"text_model.{target.layer}": 0, plain: 0, f"model.{plain}": 0}:
         yield f"{target.part}.{name}"
-        if encoder := _COMFY_ENCODERS.get(target.part):
-            yield f"text_encoders.{encoder}.transformer.{name}"
-        for prefix in _TEXT_ENCODERS.get(target.part, _DENOISER):
+        if in_comfy:
+            yield f"text_encoders.{in_comfy}.transformer.{name}"
+        for prefix in prefixes:
             yield prefix + name.replace(".", "_")
-    if target.part == family.denoiser:
-        yield target.layer
-        yield f"diffusion_model.{target.layer}"
-        yield f"model.diffusion_model.{target.layer}"
 
 
 def _original_layers(
@@ -146,10 +183,13 @@ def _original_layers(
         elif family.swaps_halves(model.network, targets[0].layer):
             rows = (torch.arange(sizes[0]).roll(sizes[0] // 2),)
         pieces = tuple(
-            replace(target, rows=its_rows) for target, its_rows in zip(targets, rows, strict=True)
+            replace(target, rows=its_rows, is_original=target.layer != name)
+            for target, its_rows in zip(targets, rows, strict=True)
         )
-        for alias in _aliases(family, Target(family.denoiser, name, targets[0].module)):
+        for alias in _aliases(model, family, Target(family.denoiser, name, targets[0].module)):
             found[alias] = pieces
+        if family.takes_peft_names:
+            found[_PEFT + name] = pieces
     return found
 
 
@@ -175,9 +215,7 @@ def _converted(
             "it was saved by peft, whose alpha is in another file, adapter_config.json: save it "
             "with save_lora_weights of diffusers, which stores the alpha in the file"
         )
-    raise LoraError(
-        f"the model has no layers for {first_names(lost)}: the file belongs to another model"
-    )
+    raise _belongs_elsewhere(lost)
 
 
 def _probes(groups: Sequence[Group], spelling: tuple[str, str] | None) -> dict[str, Tensor]:

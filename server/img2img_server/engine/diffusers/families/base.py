@@ -85,6 +85,8 @@ class Family:
         denoiser: The part of the pipeline that denoises.
         tokenizers: The parts of the pipeline that read prompts.
         lora_parts: The parts of the pipeline that a LoRA may change.
+        takes_peft_names: Whether LoRA files may have peft's names with those of the authors' code;
+            their alpha is the rank.
         original_names: Patterns of the denoiser's layers, with the names of these layers in the
             code of the model's authors, which some LoRA files have, for `original_layers`.
         can_fuse_projections: Whether diffusers computes the same with fused projections.
@@ -107,6 +109,7 @@ class Family:
     denoiser: ClassVar[str]
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     lora_parts: ClassVar[tuple[str, ...]]
+    takes_peft_names: ClassVar[bool] = False
     original_names: ClassVar[tuple[tuple[str, str], ...]] = ()
     unbatched_layers: ClassVar[str] = ""
     takes_float16: ClassVar[bool] = True
@@ -417,7 +420,7 @@ class FlowFamily(Family):
     default_scheduler = "flow_match_euler"
     denoiser = "transformer"
     takes_float16 = False
-    lora_parts: ClassVar[tuple[str, ...]] = ("transformer",)
+    lora_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
 
     def image_tokens(self, height: int, width: int) -> int:
         """Returns the number of tokens of an image, which dynamic shifting depends on."""

@@ -31,7 +31,6 @@ class Chroma(PackedFamily):
         "ChromaImg2ImgPipeline",
     )
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
-    lora_parts: ClassVar[tuple[str, ...]] = ("transformer",)
     num_inference_steps = 35
     guidance_scale = 5.0
 

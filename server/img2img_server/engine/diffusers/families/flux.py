@@ -90,6 +90,8 @@ class PackedFamily(FlowFamily):
         ),
     )
 
+    takes_peft_names: ClassVar[bool] = True
+
     def swaps_halves(self, network: Any, layer: str) -> bool:
         return layer == "norm_out.linear"
 
@@ -122,7 +124,7 @@ class Flux(PackedFamily):
         ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"), "FluxImg2ImgPipeline"
     )
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
-    lora_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
+    lora_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder", "text_encoder_2")
     takes_prompt_weights = True
     num_inference_steps = 28
     guidance_scale = 3.5

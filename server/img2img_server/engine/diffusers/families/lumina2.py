@@ -33,6 +33,11 @@ class Lumina2(FlowFamily):
         (r"(.*)\.attn\.to_out\.0", r"\1.attention.out"),
         (r"(.*)\.feed_forward\.linear_(\d)", r"\1.feed_forward.w\2"),
         (r"(.*)\.norm1\.linear", r"\1.adaLN_modulation.1"),
+        (r"time_caption_embed\.caption_embedder\.(\d)", r"cap_embedder.\1"),
+        (r"time_caption_embed\.timestep_embedder\.linear_1", "t_embedder.mlp.0"),
+        (r"time_caption_embed\.timestep_embedder\.linear_2", "t_embedder.mlp.2"),
+        (r"norm_out\.linear_1", "final_layer.adaLN_modulation.1"),
+        (r"norm_out\.linear_2", "final_layer.linear"),
     )
     lengths_vary = True
     num_inference_steps = 30

@@ -44,7 +44,12 @@ class StableDiffusion3(FlowFamily):
         "StableDiffusion3Img2ImgPipeline",
     )
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2", "tokenizer_3")
-    lora_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder", "text_encoder_2")
+    lora_parts: ClassVar[tuple[str, ...]] = (
+        "transformer",
+        "text_encoder",
+        "text_encoder_2",
+        "text_encoder_3",
+    )
     original_names = (
         *(
             (rf"transformer_blocks\.(\d+)\.(attn2?)\.to_{name}", r"joint_blocks.\1.x_block.\2.qkv")
