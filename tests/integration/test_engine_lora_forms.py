@@ -343,11 +343,9 @@ def test_a_file_that_does_not_fit_is_reported_and_does_not_stop_the_others(
         found = loras(denoiser, tmp_path)
 
     assert found.names == ("ink",)
-    reasons = {
-        record.args[0]: str(record.args[1])
-        for record in caplog.records
-        if record.msg.startswith("lora_refused") and isinstance(record.args, tuple)
-    }
+    messages = [record.getMessage() for record in caplog.records]
+    refused = [it.split(": ", 2) for it in messages if it.startswith("lora_refused: ")]
+    reasons = {file: reason for _, file, reason in refused}
     assert set(reasons) == {
         f"{file}.safetensors" for file in (*wrong, "cut", "empty", "page", "pissa")
     }
