@@ -266,6 +266,7 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
             eta=Duration(seconds=6),
             price=0.0042,
             currency="EUR",
+            denoising_steps=12,
         )
 
     def GetCaller(  # noqa: N802

@@ -182,7 +182,8 @@ class JobError:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     """The cost of a job that was not created. `device_seconds` is 0 and the times are None while no
-    worker has measured the model. `currency` is empty without a price."""
+    worker has measured the model. `currency` is empty without a price. `denoising_steps` is None if
+    the service does not know it; with strength as a noise level, it is approximate."""
 
     spec: Spec
     warning: str
@@ -192,6 +193,7 @@ class Estimate:
     eta_seconds: float | None
     price: float
     currency: str
+    denoising_steps: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

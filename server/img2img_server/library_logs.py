@@ -49,6 +49,8 @@ _NOT_ACTIONABLE: Final = tuple(
         ("diffusers", r"You have passed a non-standard module "),
         # It names no module.
         ("diffusers", r"There are modules in \w+ that should be kept in float32: \[\]"),
+        # The single-step sampler of DPM++ corrects its own configuration.
+        ("diffusers", r" ?(`last_sigmas_type='zero'` is|Changing scheduler).*lower_order_final"),
         # diffusers writes this entry itself.
         ("diffusers", r"The config attributes \{'block_out_channels'.* passed to AutoencoderTiny,"),
         # The libraries use their own deprecated names.

@@ -13,7 +13,6 @@ import img2img_server.api.estimate as backlog_module
 from img2img_server.api.estimate import UNMEASURED_PIXEL_STEP_SECONDS, Backlog
 from img2img_server.domain.models import ModelInfo, WorkerInfo
 from img2img_server.domain.params import JobParams, Lane
-from img2img_server.domain.strength import StrengthRule
 from img2img_server.errors import UnavailableError
 from img2img_server.interfaces.queue import QueuedJob
 from img2img_server.nats.bus import Bus
@@ -53,7 +52,7 @@ async def put(bus: Bus, backlog: Backlog | None, *jobs: JobParams) -> None:
         job = QueuedJob(job_id=next(_ids), tenant="t", init_image=b"")
         place = await bus.queue.put(job, params.model, params.lane)
         if backlog:
-            backlog.note(params, place, params.pixel_steps(StrengthRule.FLOOR))
+            backlog.note(params, place, MODEL.pixel_steps(params))
 
 
 async def seconds(backlog: Backlog, state: str, lane: Lane = Lane.REALTIME) -> float:
@@ -61,8 +60,7 @@ async def seconds(backlog: Backlog, state: str, lane: Lane = Lane.REALTIME) -> f
 
 
 def test_the_work_of_a_job_is_its_pixels_times_the_steps_that_run() -> None:
-    rule = StrengthRule.FLOOR
-    assert (small().pixel_steps(rule), large().pixel_steps(rule)) == (SMALL, LARGE)
+    assert (MODEL.pixel_steps(small()), MODEL.pixel_steps(large())) == (SMALL, LARGE)
 
 
 async def test_what_waits_is_the_sum_of_what_each_job_costs() -> None:

@@ -158,7 +158,10 @@ async def test_an_estimate_has_the_complete_request_and_creates_nothing() -> Non
         assert found.spec.scheduler
         assert found.device_seconds == pytest.approx(10 * 512 * 256 * 1e-6)
         assert (found.price, found.currency) == (pytest.approx(0.5 * found.device_seconds), "EUR")
-        assert (found.position, found.wait.ToSeconds(), found.eta.ToSeconds()) == (0, 0, 1)
+        assert (found.position, found.wait.ToSeconds()) == (0, 0)
+        # Jobs took 1 s for this size, which is less than the device needs.
+        assert found.eta.ToNanoseconds() / 1e9 == pytest.approx(found.device_seconds)
+        assert found.denoising_steps == 10
         assert await bus.jobs.list_ids("dev") == []
         assert await bus.permits.count("dev") == 0
         with Client(api.address, api_key="dev-key") as client:
@@ -168,6 +171,11 @@ async def test_an_estimate_has_the_complete_request_and_creates_nothing() -> Non
                 )
             )
         assert (same.device_seconds, same.currency) == (found.device_seconds, "EUR")
+        assert same.denoising_steps == 10
+        # No table of the schedules is announced, so the number is not known.
+        request.spec.strength_mode = job_pb2.STRENGTH_MODE_NOISE_LEVEL
+        found = await api.stub.EstimateJob(request, metadata=DEV)
+        assert not found.HasField("denoising_steps")
         for wrong in (job_pb2.JobSpec(), job_pb2.JobSpec(prompt="p", width=5)):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await api.stub.EstimateJob(service_pb2.EstimateJobRequest(spec=wrong), metadata=DEV)

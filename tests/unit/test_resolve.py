@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from img2img_server.domain.models import Guidance, ModelInfo
+from img2img_server.domain.noise_levels import NoiseLevels
 from img2img_server.domain.params import JobParams, Limits, Lora
 from img2img_server.domain.resolve import complete, fit_size, resolve
 from img2img_server.domain.strength import StrengthMode, StrengthRule
@@ -246,6 +247,33 @@ def test_steps_stay_as_they_are_when_strength_is_a_noise_level() -> None:
         strength=0.1, num_inference_steps=2, strength_mode=StrengthMode.NOISE_LEVEL
     )
     assert (params.num_inference_steps, warnings) == (2, [])
+
+
+# 5 of 20 steps begin below half of the noise.
+LEVELS = NoiseLevels(schedulers=("ddim",), schedules=((4, (-1382, 0, 110, 220, 1382)),))
+_NO_STEP_REACHES = "No preview is sent: no step before the last one reaches preview_interval_steps"
+
+
+@pytest.mark.parametrize(
+    ("interval", "levels", "reported"),
+    [
+        (6, (LEVELS,), False),  # The table may be wrong by 2 of 20 steps.
+        (7, (LEVELS,), True),
+        (19, (), False),
+        (20, (), True),  # More steps than num_inference_steps cannot run.
+    ],
+)
+def test_a_preview_that_surely_does_not_come_is_named_for_a_noise_level(
+    interval: int, levels: tuple[NoiseLevels, ...], reported: bool
+) -> None:
+    _, warnings = resolved(
+        replace(MODEL, noise_levels=levels),
+        strength=0.5,
+        num_inference_steps=20,
+        strength_mode=StrengthMode.NOISE_LEVEL,
+        preview_interval_steps=interval,
+    )
+    assert warnings == ([f"{_NO_STEP_REACHES} {interval}."] if reported else [])
 
 
 @pytest.mark.parametrize(

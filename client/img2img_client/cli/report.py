@@ -23,6 +23,7 @@ from img2img_client.resources import (
     State,
     Timings,
 )
+from img2img_client.spec import StrengthMode
 
 # The descriptions of the stages of Timings.
 STAGES = {
@@ -136,6 +137,7 @@ def show_estimate(found: Estimate) -> None:
     rows = {
         "model": spec.model,
         "size": f"{spec.width}x{spec.height}, " + count(spec.samples, "sample"),
+        "steps": _estimated_steps(found),
         "device time": device,
         "wait": f"{wait}, {count(found.position, 'job')} ahead",
         "expected": end,
@@ -147,6 +149,14 @@ def show_estimate(found: Estimate) -> None:
         if text:
             table.add_row(Text(name, style="dim"), Text(text))
     _print(table)
+
+
+def _estimated_steps(found: Estimate) -> str:
+    """Returns the number of steps that would run for each sample, or "" if it is not known."""
+    if found.denoising_steps is None:
+        return ""
+    is_exact = found.spec.strength_mode is not StrengthMode.NOISE_LEVEL
+    return f"{found.denoising_steps}" if is_exact else f"about {found.denoising_steps}"
 
 
 def with_reason(state: str, job: Job) -> str:

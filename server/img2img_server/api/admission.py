@@ -148,7 +148,7 @@ class Admission:
             params=params,
             original_prompt=original_prompt,
             warning=join_warnings(warning, enlarged(image.own_size, size)),
-            pixel_steps=params.pixel_steps(model.strength_rule),
+            pixel_steps=model.pixel_steps(params),
             size=size_of(model.work(params)),
             image=image,
             fetch_seconds=time.monotonic() - started,

@@ -44,8 +44,10 @@ class DryRun:
             position=position,
             price=self._price.of(device_seconds),
             currency=self._price.currency if device_seconds else "",
+            denoising_steps=model.denoising_steps(params) if model.knows_steps(params) else None,
         )
         if seconds is not None:
             response.wait.CopyFrom(convert.duration(wait))
-            response.eta.CopyFrom(convert.duration(seconds))
+            # Both are means of different jobs, but no job ends before the device has worked on it.
+            response.eta.CopyFrom(convert.duration(max(seconds, wait + device_seconds)))
         return response

@@ -96,7 +96,7 @@ class Estimator:
             if worker.model.name == model.name and worker.model.pixel_step_seconds
         ]
         step_seconds = _mean(measured) or model.pixel_step_seconds
-        return params.pixel_steps(model.strength_rule) * step_seconds
+        return model.pixel_steps(params) * step_seconds
 
     async def place(self, params: JobParams, tenant: str, model: ModelInfo) -> float | None:
         """Returns the seconds until the first of a tenant's unfinished jobs ends, if known."""

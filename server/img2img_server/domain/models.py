@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from img2img_server.domain.noise_levels import NoiseLevels
 from img2img_server.domain.params import DEFAULT_STRENGTH, JobParams, Limits
-from img2img_server.domain.strength import StrengthRule
+from img2img_server.domain.schedulers import model_runs
+from img2img_server.domain.strength import StrengthMode, StrengthRule
 
 
 class ModelKind(StrEnum):
@@ -82,6 +84,8 @@ class ModelInfo:
     # Measured device seconds of a pixel-step, encoders included. The value remains while no worker
     # serves the model. 0.0: not measured yet.
     pixel_step_seconds: float = 0.0
+    # Tables of the schedules, for strength as a noise level. Empty: the worker is older than them.
+    noise_levels: tuple[NoiseLevels, ...] = ()
 
     @property
     def takes_true_cfg_scale(self) -> bool:
@@ -94,11 +98,59 @@ class ModelInfo:
             return true_cfg_forwards(params.negative_prompt, params.true_cfg_scale)
         return self.guidance.forwards(params.guidance_scale)
 
+    def denoising_steps(self, params: JobParams) -> int:
+        """Returns how many times the model runs for each sample.
+
+        With strength as a noise level it is an estimate, see `NoiseLevels.steps`. Models without a
+        table have the steps of the same strength as a share of steps, which can differ by far.
+        """
+        run, scheduler = self._steps(params), self._scheduler(params)
+        if run and params.strength_mode is StrengthMode.NOISE_LEVEL:
+            return 1 + model_runs(scheduler, run - 1)  # The first step runs the model once.
+        return model_runs(scheduler, run)
+
+    def most_denoising_steps(self, params: JobParams) -> int:
+        """Returns the largest possible number of times that the model runs for each sample."""
+        if params.strength_mode is StrengthMode.STEPS or not params.strength:
+            return self.denoising_steps(params)
+        steps, most = params.num_inference_steps, params.num_inference_steps
+        if self.knows_steps(params):
+            most = min(steps, self._steps(params) + max(1, math.ceil(steps / 10)))
+        return model_runs(self._scheduler(params), most)
+
+    def knows_steps(self, params: JobParams) -> bool:
+        """Returns whether `denoising_steps` is close to the number of the engine."""
+        return params.strength_mode is StrengthMode.STEPS or self._levels(params) is not None
+
+    def _steps(self, params: JobParams) -> int:
+        """Returns how many of the scheduler's steps run."""
+        steps, strength = params.num_inference_steps, params.strength
+        run = self.strength_rule.denoising_steps(strength, steps)
+        if params.strength_mode is StrengthMode.STEPS or not strength:
+            return run
+        levels = self._levels(params)
+        if levels is None:
+            return max(1, run)
+        if self.strength_rule is StrengthRule.ALL:
+            return min(steps, levels.places_below(strength))
+        return levels.steps(strength, steps, params.width * params.height)
+
+    def _levels(self, params: JobParams) -> NoiseLevels | None:
+        scheduler = self._scheduler(params)
+        return next((each for each in self.noise_levels if scheduler in each.schedulers), None)
+
+    def _scheduler(self, params: JobParams) -> str:
+        return params.scheduler or self.schedulers[0]
+
+    def pixel_steps(self, params: JobParams) -> int:
+        """Returns the pixels of all samples of a job times the runs of the model for each."""
+        return params.samples * params.width * params.height * self.denoising_steps(params)
+
     def work(self, params: JobParams) -> float:
         """Returns the forwards of all samples of a job, each counted as a share of one at the
         model's native size.
         """
-        pixels = params.pixel_steps(self.strength_rule) * self.forwards(params)
+        pixels = self.pixel_steps(params) * self.forwards(params)
         return pixels / self.native_size**2
 
     def limits(self, service: Limits, scheduler: str = "") -> Limits:

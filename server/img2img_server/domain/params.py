@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from img2img_server.domain.prompt_syntax import MAX_REDUCED_WEIGHTS, MAX_WEIGHT, parse
-from img2img_server.domain.schedulers import model_runs
-from img2img_server.domain.strength import StrengthMode, StrengthRule
+from img2img_server.domain.strength import StrengthMode
 from img2img_server.domain.urls import (
     URL_MAX_CHARACTERS,
     NotHttpError,
@@ -143,13 +142,6 @@ class JobParams:
         contract; a larger one after 2^63 - 1."""
         largest = NARROW_SEED_MAX if self.seed <= NARROW_SEED_MAX else SEED_MAX
         return (self.seed + index) % (largest + 1)
-
-    def pixel_steps(self, rule: StrengthRule) -> int:
-        """Returns the work of the job: pixels of all samples times the steps of the model."""
-        steps = rule.denoising_steps(self.strength, self.num_inference_steps)
-        if self.strength and self.strength_mode is StrengthMode.NOISE_LEVEL:
-            steps = max(1, steps)  # The number of steps is known only with the schedule.
-        return self.samples * self.width * self.height * model_runs(self.scheduler, steps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from typing import Any
 from img2img_server.domain.models import Guidance, ModelInfo
 from img2img_server.domain.params import ImageFormat, JobParams, Limits
 from img2img_server.domain.prompt_syntax import ambiguous_syntax
-from img2img_server.domain.schedulers import model_runs
 from img2img_server.domain.strength import StrengthMode, StrengthRule
 from img2img_server.domain.warnings import no_preview
 
@@ -176,7 +175,6 @@ def _weights_as_text(params: JobParams, model: ModelInfo) -> Iterator[str]:
 
 
 def _without_effect(params: JobParams, model: ModelInfo) -> Iterator[str]:
-    run = model.strength_rule.denoising_steps(params.strength, params.num_inference_steps)
     yield from _without_guidance(params, model)
     for lora in params.loras:
         if lora.scale == 0:
@@ -186,7 +184,10 @@ def _without_effect(params: JobParams, model: ModelInfo) -> Iterator[str]:
     yield from _weights_as_text(params, model)
     if params.clip_skip and not model.max_clip_skip:
         yield f"clip_skip has no effect: the model {model.name} does not take it."
-    if params.strength_mode is StrengthMode.NOISE_LEVEL:
-        return  # Only the engine knows how many steps run.
-    if text := no_preview(params.preview_interval_steps, model_runs(params.scheduler, run)):
+    if text := no_preview(
+        params.preview_interval_steps,
+        # With a noise level, the engine warns if only the exact number of steps shows it.
+        model.most_denoising_steps(params),
+        is_exact=params.strength_mode is StrengthMode.STEPS,
+    ):
         yield text

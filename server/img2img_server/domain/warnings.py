@@ -13,15 +13,20 @@ def join_warnings(*warnings: str) -> str:
     return " ".join(dict.fromkeys(filter(None, warnings)))
 
 
-def no_preview(interval: int, steps: int) -> str:
+def no_preview(interval: int, steps: int, *, is_exact: bool = True) -> str:
     """Returns a warning if the last step comes before the first preview, else "".
 
     Args:
         interval: Number of steps from one preview to the next; 0: no preview is wanted.
         steps: How many times the model runs for a sample.
+        is_exact: Whether the warning has the number of steps. Without it, the warnings of the api,
+            which may know only the largest possible number, and of the engine are equal.
     """
     if not interval >= steps > 0:
         return ""
+    if not is_exact:
+        reason = f"no step before the last one reaches preview_interval_steps {interval}"
+        return f"No preview is sent: {reason}."
     run = "1 step runs" if steps == 1 else f"{steps} steps run"
     return f"No preview is sent: preview_interval_steps is {interval} and {run}."
 

@@ -171,8 +171,7 @@ class DiffusionEngine:
     def _rows(self, job: JobPlan, now: float) -> list[Row]:
         """Returns the rows that a job will have; none if no step runs."""
         params, text = job.params, text_of(job, adapters_of(job, self._denoiser))
-        rule = self._spec.info.strength_rule
-        steps = params.pixel_steps(rule) // (params.samples * job.height * job.width)
+        steps = self.model.denoising_steps(params)
         if not steps:
             return []
         forwards, key = self._denoiser.forwards(text), batch_key_of(text, self._denoiser)

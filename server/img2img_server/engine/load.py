@@ -16,6 +16,7 @@ from img2img_server.default_dtype import DEFAULT_DTYPE
 from img2img_server.engine.device import device_and_dtype
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.local_model import find_model
+from img2img_server.engine.diffusers.noise_table import noise_levels
 from img2img_server.engine.engine import DiffusionEngine, Offered
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.memory import MemoryModel, probe_of
@@ -121,6 +122,7 @@ def load_denoiser(options: EngineOptions) -> tuple[DiffusersDenoiser, ModelSpec]
         loras=denoiser.loras,
         refused_loras=denoiser.refused_loras,
         embeddings=denoiser.embeddings,
+        noise_levels=noise_levels(denoiser.schedules, spec.info),
     )
 
 

@@ -36,6 +36,7 @@ from pydantic_core import ErrorDetails
 
 from img2img_server.domain.hub_id import HubId
 from img2img_server.domain.models import Guidance, ModelInfo, ModelKind
+from img2img_server.domain.noise_levels import NoiseLevels
 from img2img_server.domain.params import DEFAULT_STRENGTH, MAX_SIDE_PIXELS, Limits
 from img2img_server.domain.schedulers import offered_name
 from img2img_server.domain.strength import StrengthRule
@@ -127,6 +128,7 @@ class ModelSpec:
     loras: tuple[str, ...] = ()
     refused_loras: tuple[tuple[str, str], ...] = ()
     embeddings: tuple[str, ...] = ()
+    noise_levels: tuple[NoiseLevels, ...] = ()
 
     @property
     def info(self) -> ModelInfo:
@@ -154,6 +156,7 @@ class ModelSpec:
             loras=self.loras,
             refused_loras=self.refused_loras,
             embeddings=self.embeddings,
+            noise_levels=self.noise_levels,
         )
 
     def refusal(self, height: int, width: int, num_inference_steps: int) -> str:

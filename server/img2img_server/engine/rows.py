@@ -272,7 +272,9 @@ class EngineJobState:
             texts = (*texts, *self.conditioning.warnings)
         params = self.job.params
         if params.strength_mode is StrengthMode.NOISE_LEVEL and (
-            text := no_preview(params.preview_interval_steps, len(self.schedule.steps))
+            text := no_preview(
+                params.preview_interval_steps, len(self.schedule.steps), is_exact=False
+            )
         ):
             texts = (*texts, text)
         share = self.schedule.noise_share

@@ -144,6 +144,8 @@ class EngineLoader:
     def _find(self, model: CatalogueModel) -> FoundModel:
         # Importing diffusers takes seconds.
         from img2img_server.engine.diffusers.local_model import find_model
+        from img2img_server.engine.diffusers.noise_table import noise_levels
+        from img2img_server.engine.diffusers.schedules import schedules_of
         from img2img_server.engine.diffusers.weights_size import weights_size
         from img2img_server.engine.model_spec import (
             ModelDefaults,
@@ -166,7 +168,11 @@ class EngineLoader:
         spec = read_model_spec(settings.model, found, defaults)
         for fault in size_faults(settings.warm_up_sizes, spec):
             raise ModelError(fault, "warm_up_sizes")
-        info = replace(spec.info, loras=_lora_names(settings.lora_dir))
+        info = replace(
+            spec.info,
+            loras=_lora_names(settings.lora_dir),
+            noise_levels=noise_levels(schedules_of(found.family, found.files), spec.info),
+        )
         size = weights_size(found, options, self._device)
         self._check_size(size)
         return FoundModel(info, size)

@@ -90,7 +90,7 @@ async def finish_sample(
     """
     params, index = job.params, ready.sample
     pixels, nsfw = ready.pixels, False
-    if params.pixel_steps(deps.engine.model.strength_rule):  # Otherwise it is the init image.
+    if deps.engine.model.denoising_steps(params):  # Otherwise it is the init image.
         yield StageFinished(stage=Stage.IMAGE_DECODED, sample=index)
     if params.safety_checker:
         with watch.measure("safety", began):

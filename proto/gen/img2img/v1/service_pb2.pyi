@@ -172,6 +172,7 @@ class EstimateJobResponse(_message.Message):
     ETA_FIELD_NUMBER: _builtins.int
     PRICE_FIELD_NUMBER: _builtins.int
     CURRENCY_FIELD_NUMBER: _builtins.int
+    DENOISING_STEPS_FIELD_NUMBER: _builtins.int
     warning: _builtins.str
     """Warning that the job would have, see Job.warning; also that a size which was left open is that of a
     square init image, if the request has one.
@@ -184,6 +185,11 @@ class EstimateJobResponse(_message.Message):
     """Price of the device seconds. 0 if the operator configured no price, or device_seconds is unknown."""
     currency: _builtins.str
     """Currency of the price as an ISO 4217 code. Empty if there is no price."""
+    denoising_steps: _builtins.int
+    """Number of steps that would run for each sample, see Job.denoising_steps. Exact with
+    STRENGTH_MODE_STEPS. With STRENGTH_MODE_NOISE_LEVEL it can be off by one step, or by a tenth of
+    num_inference_steps above 10; absent if the worker of the model is too old for it.
+    """
     @_builtins.property
     def spec(self) -> _job_pb2.JobSpec:
         """The request with every default filled in."""
@@ -194,7 +200,7 @@ class EstimateJobResponse(_message.Message):
 
     @_builtins.property
     def eta(self) -> _duration_pb2.Duration:
-        """Time until the job would end. Absent if unknown."""
+        """Time until the job would end: at least wait and device_seconds. Absent if unknown."""
 
     def __init__(
         self,
@@ -207,12 +213,15 @@ class EstimateJobResponse(_message.Message):
         eta: _duration_pb2.Duration | None = ...,
         price: _builtins.float = ...,
         currency: _builtins.str = ...,
+        denoising_steps: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["eta", b"eta", "spec", b"spec", "wait", b"wait"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_denoising_steps", b"_denoising_steps", "denoising_steps", b"denoising_steps", "eta", b"eta", "spec", b"spec", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["currency", b"currency", "device_seconds", b"device_seconds", "eta", b"eta", "position", b"position", "price", b"price", "spec", b"spec", "wait", b"wait", "warning", b"warning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_denoising_steps", b"_denoising_steps", "currency", b"currency", "denoising_steps", b"denoising_steps", "device_seconds", b"device_seconds", "eta", b"eta", "position", b"position", "price", b"price", "spec", b"spec", "wait", b"wait", "warning", b"warning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__denoising_steps: _TypeAlias = _typing.Literal["denoising_steps"]  # noqa: Y015
+    _WhichOneofArgType__denoising_steps: _TypeAlias = _typing.Literal["_denoising_steps", b"_denoising_steps"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__denoising_steps) -> _WhichOneofReturnType__denoising_steps | None: ...
 
 Global___EstimateJobResponse: _TypeAlias = EstimateJobResponse  # noqa: Y015
 

@@ -176,6 +176,11 @@ class DiffusersDenoiser:
         return self._model.device
 
     @property
+    def schedules(self) -> Schedules:
+        """Returns the schedules of the model."""
+        return self._schedules
+
+    @property
     def device_name(self) -> str:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)

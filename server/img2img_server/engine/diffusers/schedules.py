@@ -23,6 +23,7 @@ from img2img_server.default_dtype import DEFAULT_DTYPE
 from img2img_server.domain.strength import StrengthMode
 from img2img_server.engine.diffusers.families.base import Family
 from img2img_server.engine.diffusers.samplers import SAMPLERS
+from img2img_server.engine.family import ModelFiles
 from img2img_server.engine.sampler import MAX_SLOTS, Schedule, Step, draw_noise
 
 # Elements of the probe: the latents, the output, the tensors that the scheduler remembers, and one
@@ -51,6 +52,7 @@ class Schedules:
         self._family = family
         self._config = dict(config)
         self._derive = lru_cache(maxsize=256)(self._derive_uncached)
+        self._shares = lru_cache(maxsize=4)(self._shares_uncached)
 
     def get(
         self,
@@ -85,6 +87,40 @@ class Schedules:
                 f"scheduler {name} cannot run {num_inference_steps} steps of this model"
             ) from error
 
+    def noise_shares(
+        self, name: str, num_inference_steps: int, height: int, width: int
+    ) -> tuple[float, ...]:
+        """Returns the shares of noise at which the steps begin, the last step's first.
+
+        Raises:
+            ValueError: The scheduler cannot run this number of steps.
+        """
+        arguments = {
+            **self._family.timestep_arguments(self._config, num_inference_steps, height, width),
+            **self._family.strength_arguments(1.0),
+        }
+        try:
+            with DEFAULT_DTYPE.normal():
+                return self._shares(name, num_inference_steps, tuple(arguments.items()))
+        except IndexError as error:
+            raise ValueError(f"scheduler {name} cannot run {num_inference_steps} steps") from error
+
+    def _shares_uncached(
+        self, name: str, num_inference_steps: int, arguments: tuple[tuple[str, Any], ...]
+    ) -> tuple[float, ...]:
+        scheduler = self._make(name, num_inference_steps, dict(arguments))
+        return tuple(self._family.noise_shares(scheduler, num_inference_steps))
+
+    def _make(self, name: str, num_inference_steps: int, arguments: Mapping[str, Any]) -> Any:
+        """Returns a scheduler whose timesteps are set."""
+        config = self._config
+        if num_inference_steps == 1 and config.get("shift_terminal"):
+            # One step cannot be stretched to a terminal value: diffusers divides by 0.
+            config = {**config, "shift_terminal": None}
+        scheduler = make_scheduler(name, config)
+        scheduler.set_timesteps(**{"num_inference_steps": num_inference_steps, **arguments})
+        return scheduler
+
     def _derive_uncached(
         self,
         name: str,
@@ -93,20 +129,30 @@ class Schedules:
         share: float,
         arguments: tuple[tuple[str, Any], ...],
     ) -> Schedule:
-        config = self._config
-        if num_inference_steps == 1 and config.get("shift_terminal"):
-            # One step cannot be stretched to a terminal value: diffusers divides by 0.
-            config = {**config, "shift_terminal": None}
-
         def make(**changes: Any) -> Any:
-            scheduler = make_scheduler(name, config)
-            own = {"num_inference_steps": num_inference_steps, **dict(arguments)}
-            scheduler.set_timesteps(**{**own, **changes})
-            return scheduler
+            return self._make(name, num_inference_steps, {**dict(arguments), **changes})
 
         if share:
             return self._family.schedule_from_noise(make, share, num_inference_steps)
         return self._family.derive_schedule(make(), run, num_inference_steps)
+
+
+def noise_shares(scheduler: Any, num_inference_steps: int) -> Iterator[float]:
+    """Yields the shares of noise at which the steps of a scheduler begin, the last step's first."""
+    for run in range(1, num_inference_steps + 1):
+        signal, noise = _noise_level(scheduler, (num_inference_steps - run) * scheduler.order)
+        yield _share(scheduler, signal, noise)
+
+
+def _share(scheduler: Any, signal: float, noise: float) -> float:
+    """Returns the share of noise at a level."""
+    level = Schedule(init_signal=signal, init_noise=noise, steps=(), is_flow=_is_flow(scheduler))
+    return level.noise_share
+
+
+def schedules_of(family: Family, files: ModelFiles) -> Schedules:
+    """Returns the schedules of a model that is not loaded."""
+    return Schedules(family, family.scheduler_config(files.index, files.scheduler))
 
 
 def derive_schedule(scheduler: Any, run: int, num_inference_steps: int) -> Schedule:
@@ -158,17 +204,13 @@ def schedule_from_noise(
             training.
         derive: Returns the schedule of a scheduler's last steps.
     """
-    scheduler, run = make(), 0
-    found = Schedule(init_signal=1.0, init_noise=0.0, steps=())
-    while run < num_inference_steps and found.noise_share < share - _SAME_SHARE:
+    scheduler, run, found = make(), 0, 0.0
+    for found in noise_shares(scheduler, num_inference_steps):
         run += 1
-        start = (num_inference_steps - run) * scheduler.order
-        signal, noise = _noise_level(scheduler, start)
-        found = Schedule(
-            init_signal=signal, init_noise=noise, steps=(), is_flow=_is_flow(scheduler)
-        )
-    share = min(share, max(found.noise_share, _largest_share(scheduler)))
-    if abs(found.noise_share - share) <= _SAME_SHARE:
+        if found >= share - _SAME_SHARE:
+            break
+    share = min(share, max(found, _largest_share(scheduler)))
+    if abs(found - share) <= _SAME_SHARE:
         return derive(make(), run, num_inference_steps)
     return _begin_at(scheduler, share, derive(make(), run - 1, num_inference_steps))
 

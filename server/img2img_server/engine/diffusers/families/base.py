@@ -7,7 +7,7 @@ import it themselves.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -290,6 +290,14 @@ class Family:
         from img2img_server.engine.diffusers.schedules import schedule_from_noise
 
         return schedule_from_noise(make, share, num_inference_steps, self.derive_schedule)
+
+    def noise_shares(self, scheduler: Any, num_inference_steps: int) -> Iterable[float]:
+        """Returns the shares of noise at which the steps of a scheduler whose timesteps are set
+        begin, the last step's first.
+        """
+        from img2img_server.engine.diffusers.schedules import noise_shares
+
+        return noise_shares(scheduler, num_inference_steps)
 
     # Methods for batches.
 

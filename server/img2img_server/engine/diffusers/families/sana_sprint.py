@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -72,13 +72,17 @@ class SanaSprint(FlowFamily):
             )
         return Schedule(init_signal=signals[0], init_noise=noises[0], steps=tuple(steps))
 
+    def noise_shares(self, scheduler: Any, num_inference_steps: int) -> Iterable[float]:
+        shares: list[float] = scheduler.timesteps[:num_inference_steps].sin().tolist()
+        return shares[::-1]
+
     def schedule_from_noise(
         self, make: Callable[..., Any], share: float, num_inference_steps: int
     ) -> Schedule:
         scheduler = make()
-        shares = scheduler.timesteps[:num_inference_steps].sin().tolist()
-        run = max(1, sum(each < share for each in shares[1:]) + 1)
-        if share < shares[-run]:
+        shares = list(self.noise_shares(scheduler, num_inference_steps))
+        run = sum(each < share for each in shares[:-1]) + 1
+        if share < shares[run - 1]:
             scheduler.timesteps[-run - 1] = math.asin(share)
         return self.derive_schedule(scheduler, run, num_inference_steps)
 
