@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import structlog
+import torch
 from aiohttp import web
 from huggingface_hub import constants
 
 from img2img_server.engine import hub as hub_module
+from img2img_server.engine.diffusers.load import load_tiny_vae
 from img2img_server.engine.diffusers.local_model import LocalModel, find_model
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.model_spec import read_model_spec
@@ -253,3 +255,18 @@ async def test_a_download_is_shown_while_it_runs(
         use(monkeypatch, address)
         await find()
     assert any("model_downloading: owner/tiny" in line for line in caplog.messages)
+
+
+async def test_the_class_of_a_tiny_autoencoder_is_checked_before_its_weights_are_downloaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = {
+        "config.json": b'{"_class_name": "AutoencoderKL"}',
+        "diffusion_pytorch_model.safetensors": b"weights",
+    }
+    async with hub(files) as (address, asked):
+        use(monkeypatch, address)
+        with pytest.raises(ModelError, match="owner/tiny has an autoencoder of the class") as error:
+            await asyncio.to_thread(load_tiny_vae, "owner/tiny", torch.float32)
+    assert error.value.setting == "tiny_vae"
+    assert asked == ["config.json"]

@@ -100,6 +100,23 @@ def download_model(
         return _download(hub_id, listing, wanted, local_dir)
 
 
+def download_file(hub_id: HubId, name: str) -> Path:
+    """Returns the path of a file of a model in the cache, after its download. Blocks.
+
+    Raises:
+        ModelError: It cannot be downloaded; the sentence says why.
+    """
+    from huggingface_hub import hf_hub_download
+
+    def call() -> str:
+        return hf_hub_download(
+            hub_id.repo, name, revision=hub_id.revision or None, etag_timeout=_REQUEST_SECONDS
+        )
+
+    with _sentences(hub_id):
+        return Path(_within(ANSWER_SECONDS, call))
+
+
 def _has_weights(part: str, names: Collection[str]) -> bool:
     """Returns whether a part is a network, by the files in its folder."""
     return "config.json" in names and not part.startswith("tokenizer")

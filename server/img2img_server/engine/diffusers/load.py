@@ -15,6 +15,7 @@ from diffusers.quantizers.quantization_config import GGUFQuantizationConfig, Tor
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from img2img_server.domain.hub_id import HubId
 from img2img_server.domain.models import ModelKind
 from img2img_server.engine.diffusers.families.base import UNUSED_PARTS, Family
 from img2img_server.engine.diffusers.file_pages import leave_files, use_channels_last
@@ -23,6 +24,7 @@ from img2img_server.engine.diffusers.parts import load_part, load_parts
 from img2img_server.engine.diffusers.placement import log_parts, modules, place
 from img2img_server.engine.diffusers.single_file import load_single_file
 from img2img_server.engine.family import ModelError, ModelFiles, about_setting, read_json
+from img2img_server.engine.hub import download_file
 from img2img_server.engine.options import (
     Compile,
     ModelOptions,
@@ -67,10 +69,7 @@ def load_pipeline(
         )
     if options.compile is not Compile.OFF:  # This check comes before the slow steps.
         _try_compiler(device, options.compile)
-    try:
-        tiny = _tiny(options.tiny_vae, dtype)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load {options.tiny_vae}: {error}", setting="tiny_vae") from error
+    tiny = load_tiny_vae(options.tiny_vae, dtype) if options.tiny_vae else None
     pipeline = _assemble(family, model, dtype, options)
     if tiny is not None and options.tiny_vae_use is TinyVaeUse.IMAGES:
         pipeline.vae, tiny = tiny, None
@@ -254,16 +253,27 @@ def _try_compiler(device: torch.device, wanted: Compile) -> None:
         ) from error
 
 
-def _tiny(source: str, dtype: torch.dtype) -> Any:
-    if not source:
-        return None
+def load_tiny_vae(source: str, dtype: torch.dtype) -> Any:
+    """Returns the tiny autoencoder of a folder or hub id.
+
+    Raises:
+        ModelError: It cannot be loaded, or is another autoencoder.
+    """
+    hub_id = None if Path(source).is_dir() else HubId.parse(source)
     with about_setting("tiny_vae"):
-        config = read_json(Path(source) / "config.json")
-    class_name = config.get("_class_name", "AutoencoderTiny")
-    if class_name != "AutoencoderTiny":
-        raise ModelError(
-            f"{source} has an autoencoder of the class {class_name}, which is not a tiny one "
-            "(AutoencoderTiny): name a tiny one, such as TAESD",
-            setting="tiny_vae",
+        file = (
+            Path(source) / "config.json" if hub_id is None else download_file(hub_id, "config.json")
         )
-    return AutoencoderTiny.from_pretrained(source, torch_dtype=dtype)  # type: ignore[no-untyped-call]
+        class_name = read_json(file).get("_class_name", "AutoencoderTiny")
+        if class_name != "AutoencoderTiny":
+            raise ModelError(
+                f"{source} has an autoencoder of the class {class_name}, which is not a tiny one "
+                "(AutoencoderTiny): name a tiny one, such as TAESD"
+            )
+    place = {} if hub_id is None else {"revision": hub_id.revision or None}
+    try:
+        return AutoencoderTiny.from_pretrained(  # type: ignore[no-untyped-call]
+            source if hub_id is None else hub_id.repo, torch_dtype=dtype, **place
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load {source}: {error}", setting="tiny_vae") from error
