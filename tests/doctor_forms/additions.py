@@ -235,3 +235,42 @@ def missing_folder_of_parts(builder: Builder) -> Settings:
         lambda key: None if key.startswith("cond_stage_model.") else key,
     )
     return {"MODEL": file, "MODEL_PARTS_DIR": builder.folder / "parts"}
+
+
+def _without_autoencoder(builder: Builder) -> Path:
+    return builder.single(
+        "dreamy.safetensors",
+        lambda key: None if key.startswith("first_stage_model.") else key,
+    )
+
+
+@broken("parts/sd/vae/diffusion_pytorch_model", "finite|NaN", advice=AGAIN + "|" + OTHER)
+def autoencoder_with_nan_in_the_folder_of_parts(builder: Builder) -> Settings:
+    folder = builder.folder / "parts/sd/vae"
+    shutil.copytree(builder.stock.sd / "vae", folder)
+    change_tensors(
+        folder / "diffusion_pytorch_model.safetensors",
+        lambda found: {key: it * float("nan") for key, it in found.items()},
+    )
+    return {"MODEL": _without_autoencoder(builder), "MODEL_PARTS_DIR": builder.folder / "parts"}
+
+
+def _part_of_file(builder: Builder, change: Any) -> Settings:
+    """Writes the autoencoder as a file in the folder of parts."""
+    start = "first_stage_model."
+    single = builder.stock.single
+    tensors = {
+        key.removeprefix(start): change(it) for key, it in single.items() if key.startswith(start)
+    }
+    builder.tensors("parts/sd/vae-ft-mse.safetensors", tensors)
+    return {"MODEL": _without_autoencoder(builder), "MODEL_PARTS_DIR": builder.folder / "parts"}
+
+
+@broken("parts/sd/vae-ft-mse.safetensors", "finite|NaN", advice=AGAIN + "|" + OTHER)
+def file_with_nan_in_the_folder_of_parts(builder: Builder) -> Settings:
+    return _part_of_file(builder, lambda tensor: tensor * float("nan"))
+
+
+@broken("parts/sd/vae-ft-mse.safetensors", "quantised|integers", advice=AGAIN + "|" + OTHER)
+def file_with_integers_in_the_folder_of_parts(builder: Builder) -> Settings:
+    return _part_of_file(builder, lambda tensor: (tensor * 50).to(torch.int8))

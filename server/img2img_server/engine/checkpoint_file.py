@@ -20,6 +20,7 @@ from img2img_server.engine.file_kinds import format_of
 from img2img_server.engine.tensor_names import DENOISER, first_names, full_name
 from img2img_server.engine.weight_files import (
     check_kind,
+    check_numbers,
     is_pickle,
     read_header,
     read_metadata,
@@ -88,7 +89,9 @@ def read_shapes(path: Path) -> Shapes:
         from img2img_server.engine.diffusers.single_file import read_tensors
 
         return {name: tuple(it.shape) for name, it in read_tensors(path).items()}
-    return with_full_names({name: it.shape for name, it in read_header(path).items()}, path)
+    header = read_header(path)
+    check_numbers(path, header)
+    return with_full_names({name: it.shape for name, it in header.items()}, path)
 
 
 def with_full_names(found: Mapping[str, Value], path: Path) -> dict[str, Value]:

@@ -6,7 +6,7 @@ import json
 import re
 import stat
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -30,6 +30,8 @@ _VARIANTS: Final = ("", "fp32", "fp16", "bf16")
 _LAST_VARIANTS: Final = ("ema", "non_ema")
 # Tensors that an index may list although they are copies of others, or calculated.
 _SHARED: Final = re.compile(r"(^|\.)(embed_tokens|shared|lm_head|position_ids)(\.|$)")
+# Number formats of weights that are quantised.
+_WHOLE: Final = ("U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 _MAX_HEADER_BYTES: Final = 100_000_000  # the limit of the safetensors library
 PICKLES: Final = (".ckpt", ".bin", ".pt", ".pth")
 # zip, gzip, xz, 7z, rar and zstd
@@ -52,6 +54,7 @@ class WeightSet:
         variant: The part of the names that says the precision; often empty.
         index: The name of the file that lists shards; empty without shards.
         shard_count: How many shards there must be; 0 without shards.
+        headers: The tensors of each file, if `weights_of` has read them.
     """
 
     files: tuple[str, ...]
@@ -59,6 +62,7 @@ class WeightSet:
     is_pickle: bool
     index: str = ""
     shard_count: int = 0
+    headers: Mapping[str, Mapping[str, TensorEntry]] = field(default_factory=dict, compare=False)
 
     @property
     def is_whole(self) -> bool:
@@ -142,9 +146,24 @@ def weights_of(folder: Path, *, allow_pickles: bool = False) -> WeightSet:
         for name in chosen.files:
             _check_kind(folder / name, _head(folder / name))
         return chosen
-    held = {key for name in chosen.files for key in read_header(folder / name)}
-    _check_held(folder, chosen, listed, held)
-    return chosen
+    headers = {name: read_header(folder / name) for name in chosen.files}
+    _check_held(folder, chosen, listed, {key for header in headers.values() for key in header})
+    return replace(chosen, headers=headers)
+
+
+def check_numbers(path: Path, header: Mapping[str, TensorEntry]) -> None:
+    """Raises ModelError for weights that are whole numbers, which another library has quantised.
+
+    Args:
+        header: The tensors of the file.
+    """
+    for name, tensor in header.items():
+        if name.endswith(".weight") and tensor.dtype in _WHOLE:
+            raise ModelError(
+                f"{path} has weights that are integers ({name}: {tensor.dtype}), so it was "
+                "quantised: use the model in fp16, bf16 or fp32, and IMG2IMG_QUANTIZATION for 8 "
+                "bits in memory"
+            )
 
 
 def check_folder(folder: Path, needed_by: str) -> None:

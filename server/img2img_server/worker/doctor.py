@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from img2img_server.engine.catalogue import read_catalogue
+from img2img_server.engine.checkpoint_text import file_of, folder_of
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.options import EngineOptions, limit_spinning, sizes, vae_folder
 from img2img_server.engine.tensor_names import IGNORED, first_names
@@ -191,10 +192,21 @@ def _file_of(weight: str, source: str, options: EngineOptions) -> str:
     """Returns the file of a weight that is named PART: NAME, or its folder or model if the file is
     not known.
     """
+    from img2img_server.engine.diffusers.local_model import find_model
+
     part = weight.partition(":")[0]
     folder = Path(source) / part
     if part == "vae" and options.vae_dir is not None:
         folder = vae_folder(options.vae_dir)
+    elif options.gguf_file is not None and part in ("unet", "transformer"):
+        return str(options.gguf_file)
+    elif options.model_parts_dir is not None and Path(source).is_file():
+        model = find_model(source, allow_pickles=options.allow_pickles)
+        if model.checkpoint is not None and part not in model.checkpoint.prefixes:
+            family = model.family.name
+            folder = folder_of(options.model_parts_dir, family) / part
+            if not folder.is_dir():
+                return str(file_of(options.model_parts_dir, family, part) or folder)
     if not folder.is_dir():
         return source
     chosen = choose_weights([it.name for it in folder.iterdir()])

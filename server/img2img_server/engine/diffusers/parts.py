@@ -22,7 +22,7 @@ from img2img_server.engine.diffusers.families.base import UNUSED_PARTS, Family
 from img2img_server.engine.family import ModelError, ModelFiles, read_json
 from img2img_server.engine.file_kinds import fault_of_content
 from img2img_server.engine.tensor_names import HARMLESS_IN_PART, IGNORED, first_names
-from img2img_server.engine.weight_files import check_folder, read_header, weights_of
+from img2img_server.engine.weight_files import check_folder, check_numbers, weights_of
 from img2img_server.setting_files import MAX_BYTES
 
 # Parameters that no forward of the engine uses, and buffers that are calculated.
@@ -31,7 +31,6 @@ _UNUSED: Final = re.compile(r"(^|\.)(position_ids|inv_freq)$|^lm_head\.")
 # others are padded for speed.
 _UNUSED_ROWS: Final = 0.1
 _PADDING: Final = 128
-_WHOLE: Final = ("U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 # Files of a tokenizer that hold its vocabulary.
 _VOCABULARIES: Final = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 
@@ -143,8 +142,8 @@ def load_part(
     if not (own / "config.json").is_file():
         raise ModelError(f"there is no {own / 'config.json'}: fetch the file again")
     if not quantization and not weights.is_pickle:
-        for name in weights.files:
-            _check_numbers(own / name)
+        for name, header in weights.headers.items():
+            check_numbers(own / name, header)
     options: dict[str, Any] = {"quantization_config": quantization} if quantization else {}
     if issubclass(part_class, PreTrainedModel):
         options["dtype"] = dtype
@@ -162,17 +161,6 @@ def load_part(
     )
     check_loaded(str(own), info, file)
     return part
-
-
-def _check_numbers(file: Path) -> None:
-    """Raises ModelError for weights that are whole numbers, which another library has quantised."""
-    for name, tensor in read_header(file).items():
-        if name.endswith(".weight") and tensor.dtype in _WHOLE:
-            raise ModelError(
-                f"{file} has weights that are integers ({name}: {tensor.dtype}), so it was "
-                "quantised: use the model in fp16, bf16 or fp32, and IMG2IMG_QUANTIZATION for 8 "
-                "bits in memory"
-            )
 
 
 def part_class_of(name: str, entry: tuple[str, str]) -> Any:

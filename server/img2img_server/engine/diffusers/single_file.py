@@ -46,7 +46,7 @@ from img2img_server.engine.tensor_names import (
     IGNORED,
     first_names,
 )
-from img2img_server.engine.weight_files import read_header
+from img2img_server.engine.weight_files import check_numbers, read_header
 
 # T5 has one table of tokens under two names.
 _TIED: Final = ("shared.weight", "encoder.embed_tokens.weight")
@@ -214,7 +214,9 @@ def _or_file(family: Family, name: str) -> str:
 
 def _from_file(family: Family, name: str, class_name: str, file: Path, dtype: torch.dtype) -> Any:
     """Returns a text encoder or an autoencoder from a file of its own."""
-    shapes = {key: entry.shape for key, entry in read_header(file).items()}
+    header = read_header(file)
+    check_numbers(file, header)
+    shapes = {key: entry.shape for key, entry in header.items()}
     where = f"the {name} in {file}"
     with complete(str(file)):
         if name == "vae":

@@ -95,10 +95,9 @@ def _folder_size(folder: Path, width: int, allow_pickles: bool) -> int:
     if not (folder / "config.json").is_file():  # a tokenizer or a scheduler
         return 0
     chosen = weights_of(folder, allow_pickles=allow_pickles)
-    files = [folder / name for name in chosen.files]
     if chosen.is_pickle:
-        return sum(file.stat().st_size for file in files)
-    return sum(_size(read_header(file).values(), width) for file in files)
+        return sum((folder / name).stat().st_size for name in chosen.files)
+    return sum(_size(header.values(), width) for header in chosen.headers.values())
 
 
 def _size(entries: Iterable[TensorEntry], width: int) -> int:
