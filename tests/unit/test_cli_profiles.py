@@ -115,7 +115,7 @@ def test_without_a_file_an_unknown_profile_says_how_to_add_it() -> None:
             "x needs an API key: set it with --api-key or IMG2IMG_API_KEY, or api_key in {place}",
         ),
         ('server = "x"\napi_key = "ä"', "Invalid value for api_key in {place}: api_key cannot be"),
-        ('server = "127.0.0.1"\ncert_file = "c.pem"', "only cert_file in {place} is there"),
+        ('server = "127.0.0.1"\ncert_file = "c.pem"', "only cert_file in {place} was given"),
         ('server = "127.0.0.1"\nca_file = "config.toml"', "Invalid value for ca_file in {place}"),
         ('server = "127.0.0.1"\ntls_name = "x"', "Invalid value for tls_name in {place}"),
     ],
@@ -145,7 +145,7 @@ def test_an_address_that_is_not_found_is_named_with_its_source(
         source = f"server in {Path('config.toml').absolute()}, profile 'a'"
     result = call(*words)
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1] == f"Is the address right? It is that of {source}."
+    assert result.stderr.splitlines()[-1] == f"Check the address: it comes from {source}."
 
 
 def test_a_rejected_key_of_a_profile_is_named_with_its_place() -> None:
@@ -155,7 +155,7 @@ def test_a_rejected_key_of_a_profile_is_named_with_its_place() -> None:
         result = call("get", "10000001", "--profile", "a")
     place = f"{Path('config.toml').absolute()}, profile 'a'"
     assert result.stderr.splitlines()[-1] == (
-        f"The key was api_key in {place}. Set your key with --api-key or IMG2IMG_API_KEY."
+        f"The key comes from api_key in {place}. Set your key with --api-key or IMG2IMG_API_KEY."
     )
 
 

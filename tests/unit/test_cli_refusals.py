@@ -159,7 +159,7 @@ def test_an_unreachable_local_service_is_reported_with_a_hint() -> None:
     assert result.stderr.splitlines() == [
         f"Error: cannot reach the service at 127.0.0.1:{port}: "
         "nothing listens there (connection refused)",
-        "Is it running? `img2img-server local` starts it on this machine.",
+        "If it is not running, start it with `img2img-server local`.",
     ]
 
 
@@ -167,7 +167,7 @@ def test_the_hint_is_only_for_a_service_that_does_not_run() -> None:
     result = run(FakeService(), "capabilities", "--tls")
     assert result.exit_code == 1
     assert "the server does not speak TLS" in result.stderr
-    assert "Is it running?" not in result.stderr
+    assert "If it is not running" not in result.stderr
 
 
 @pytest.mark.parametrize(

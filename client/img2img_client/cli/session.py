@@ -115,17 +115,17 @@ def command(function: F) -> F:
         except UnavailableError as error:
             is_local = session.client.endpoint.is_loopback
             if error.metadata.get("cause") == Cause.REFUSED and is_local:
-                error.add_note("Is it running? `img2img-server local` starts it on this machine.")
+                error.add_note("If it is not running, start it with `img2img-server local`.")
             elif error.metadata.get("cause") in _NOT_FOUND:
                 given = chosen.source("server")
                 if not chosen.own and source("server") is ParameterSource.ENVIRONMENT:
                     given = SERVER_VARIABLE
-                error.add_note(f"Is the address right? It is that of {given}.")
+                error.add_note(f"Check the address: it comes from {given}.")
             raise
         except UnauthenticatedError as error:
             used = "" if chosen.api_key else f"No key was given, so {DEV_KEY} was used. "
             if "api_key" in chosen.own:
-                used = f"The key was {chosen.source('api_key')}. "
+                used = f"The key comes from {chosen.source('api_key')}. "
             error.add_note(f"{used}Set your key with --api-key or {KEY_VARIABLE}.")
             raise
         except KeyboardInterrupt:
@@ -272,7 +272,7 @@ def _client(chosen: Connection) -> Client:
     files = chosen.files
     if (files.certificate is None) != (files.key is None):
         given = chosen.source("key_file" if files.certificate is None else "cert_file")
-        text = f"--cert-file and --key-file must be given together; only {given} is there"
+        text = f"--cert-file and --key-file must be given together; only {given} was given"
         raise click.UsageError(text)
     roots = _read(files.authorities, chosen.source("ca_file"))
     pair = (

@@ -89,7 +89,8 @@ def download_model(
     if INDEX not in listing.sizes:
         files = sorted(name for name in listing.sizes if "/" not in name and "." in name)
         raise ModelError(
-            f"{hub_id} is no diffusers model: it has no {INDEX}, only {', '.join(files[:8])}"
+            f"{hub_id} is no diffusers model: it has no {INDEX}, only {', '.join(files[:8])}: name "
+            "a model in diffusers' layout, or download a single file and name its path"
         )
     with _sentences(hub_id):
         folder = _download(hub_id, listing, filter(_CONFIGS.fullmatch, listing.sizes), local_dir)
@@ -130,8 +131,8 @@ def _check_cached(hub_id: HubId, cached: _Cached, parts: Collection[str]) -> Non
         weights = choose_weights(names)
         if not names or (_has_weights(part, names) and not (weights and weights.is_whole)):
             raise ModelError(
-                f"the cache of the hub's library has only a part of {hub_id}, it lacks files of "
-                f"the {part}, and {cached.why}"
+                f"the cache of the hub's library lacks files of the {part} of {hub_id}, and "
+                f"{cached.why}"
             )
 
 
