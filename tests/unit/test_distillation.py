@@ -74,6 +74,9 @@ def defaults(class_name: str, name: str, **configs: dict[str, Any]) -> tuple[int
         ("ponyDiffusion-V6-XL-Turbo-DPO", 8, 2.0),
         ("epicrealismXL_vxviLightningAnime", 8, 0.0),
         ("kohakuxl-lightning-4-steps", 4, 0.0),
+        ("HyperSDXL8Steps", 8, 0.0),
+        ("lightning4step-xl", 4, 0.0),
+        ("sdxl_lightning_1step_x0", 1, 0.0),
         ("sdxl-turbo-anime", 8, 2.0),
         ("turbo", 8, 2.0),
         # no distilled models
@@ -266,6 +269,19 @@ def test_a_single_file_has_the_scheduler_of_its_kind(
     assert (found["_class_name"], found.get("timestep_spacing")) == (class_name, spacing)
 
 
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [({}, "sample"), ({"modelspec.prediction_type": "epsilon"}, "epsilon")],
+    ids=["derived", "given"],
+)
+def test_lightning_for_one_step_predicts_the_clean_latents_unless_the_file_has_another_type(
+    metadata: dict[str, str], expected: str
+) -> None:
+    hints = Hints.of(("sdxl_lightning_1step_x0.safetensors",), metadata)
+    found = describe_unet(UNET_SHAPES, hints, "the file").files.scheduler
+    assert (found["prediction_type"], found["timestep_spacing"]) == (expected, "trailing")
+
+
 @pytest.mark.parametrize("place", range(len(UNET_DISTILLATIONS)))
 def test_the_scheduler_of_a_single_file_is_offered_and_is_the_default(place: int) -> None:
     kind = UNET_DISTILLATIONS[place]
@@ -420,6 +436,7 @@ def test_the_operator_replaces_each_default(tmp_path: Path) -> None:
     [
         ("SDTurbo", "-sd-turbo-"),
         ("v21TurboDPMSDE", "-v21-turbo-dpmsde-"),
+        ("XLLightning4step_v2", "-xl-lightning-4step-v2-"),
         ("sd_xl_turbo_1.0_fp16.safetensors", "-sd-xl-turbo-1-0-fp16-"),
         ("/data/turbo/", "-turbo-"),
         ("owner/name@turbo", "-name-"),

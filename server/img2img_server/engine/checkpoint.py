@@ -207,7 +207,9 @@ def _stable_diffusion(shapes: Shapes, hints: Hints) -> Checkpoint:
     unet = _unet(shapes, side, is_xl, is_v2)
     scheduler = _sd_scheduler(is_xl, is_v2, is_turbo, prediction)
     if named and named.scheduler_config:
-        scheduler = {**_SD_BETAS, "prediction_type": prediction, **named.scheduler_config}
+        own = {"prediction_type": prediction}
+        given = own if hints.prediction_type else {}
+        scheduler = {**_SD_BETAS, **own, **named.scheduler_config, **given}
     if is_xl and "ztsnr" in shapes:
         scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     configs: dict[str, Mapping[str, Any]] = {"unet": unet, "scheduler": scheduler}

@@ -109,6 +109,15 @@ TCD: Final = Distillation(
     schedulers=("tcd", "lcm"),
     scheduler_config={"_class_name": "TCDScheduler", "timestep_spacing": "leading"},
 )
+_LIGHTNING: Final = Distillation(
+    names=lambda name: (
+        name.describes("lightning")
+        and not name.has(r"(?:py)?torch-lightning|lightning-(?:logs|ai)")
+    ),
+    num_inference_steps=8,
+    guidance_scale=0.0,
+    scheduler_config=_trailing("EulerDiscreteScheduler"),
+)
 _HYPER: Final = Distillation(
     names=lambda name: (
         name.has(r"hyper-?sd(?:\d+|xl|v\d+)?") or name.describes("hyper", needs_detail=True)
@@ -157,15 +166,13 @@ UNET_DISTILLATIONS: Final = (
         scheduler_config=_trailing("DDIMScheduler"),
     ),
     TCD,
-    Distillation(
-        names=lambda name: (
-            name.describes("lightning")
-            and not name.has(r"(?:py)?torch-lightning|lightning-(?:logs|ai)")
-        ),
-        num_inference_steps=8,
+    Distillation(  # SDXL-Lightning for one step predicts the clean latents.
+        names=lambda name: _LIGHTNING.names(name) and name.has("x0"),
+        num_inference_steps=1,
         guidance_scale=0.0,
-        scheduler_config=_trailing("EulerDiscreteScheduler"),
+        scheduler_config={**_LIGHTNING.scheduler_config, "prediction_type": "sample"},
     ),
+    _LIGHTNING,
     _HYPER,
     Distillation(names=lambda name: name.has("sdxs"), num_inference_steps=1, guidance_scale=0.0),
     LCM,

@@ -14,8 +14,10 @@ from typing import Final
 from img2img_server.domain.hub_id import HubId
 
 # A word ends at punctuation and before a capital: SDTurbo, v50Lightning. Digits stay with the
-# letters before them: DMD2, v50.
-_BOUNDARY: Final = re.compile(r"[\W_]+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+# letters before them, such as DMD2 and v50, unless they are a number of steps: Lightning4step.
+_BOUNDARY: Final = re.compile(
+    r"[\W_]+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[A-Za-z])(?=\d+[\W_]?[Ss]tep)"
+)
 _CACHED: Final = re.compile(r"models--(?:.+--)?([^/]+)/snapshots/[^/]+(/(unet|transformer))?")
 _WEIGHTS: Final = re.compile(r"\.(safetensors|ckpt|bin|pth?|gguf|sft)$", re.IGNORECASE)
 # Words that only the name of a checkpoint has: its architecture or version.
