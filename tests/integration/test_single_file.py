@@ -21,7 +21,7 @@ from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.local_model import find_model
 from img2img_server.engine.diffusers.weights_size import weights_size
 from img2img_server.engine.family import ModelError
-from img2img_server.engine.load import load_engine
+from img2img_server.engine.load import load_denoiser, load_engine
 from img2img_server.engine.model_spec import ModelDefaults, read_model_spec
 from img2img_server.engine.options import EngineOptions, ModelOptions
 from img2img_server.settings import Settings
@@ -92,6 +92,24 @@ def test_a_single_file_gives_the_images_of_the_stock_loader(
 
     assert difference(found, expected) <= BOUND
     assert found.std() > 10, "the image has contrast"
+
+
+def test_a_file_that_the_operator_names_lcm_gives_the_images_of_the_lcm_scheduler(
+    written: Callable[[str], Written],
+) -> None:
+    model = written("sd1")
+    options = EngineOptions.of(Settings(model=str(model.file), model_name="photo-lcm"))
+    denoiser, spec = load_denoiser(options)
+    stock = diffusers.StableDiffusionImg2ImgPipeline.from_single_file(
+        str(model.file), config=str(model.folder)
+    )
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    stock.scheduler = diffusers.LCMScheduler(**betas, clip_sample=False, set_alpha_to_one=False)
+    found = made_by(denoiser, spec.scheduler)
+    expected = made_by(DiffusersDenoiser(stock), "lcm")
+
+    assert (spec.scheduler, spec.num_inference_steps, spec.guidance_scale) == ("lcm", 8, 1.5)
+    assert difference(found, expected) <= BOUND
 
 
 @pytest.mark.parametrize("kind", sorted(WRITERS))
