@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from huggingface_hub import constants
 
 from benchmarks.local_stack import free_port
 from img2img_server.__main__ import main
@@ -156,7 +157,7 @@ def _as_another_user() -> Iterator[None]:
         assert libc.capset(header, sets) == 0
 
 
-def _process(settings: Settings, *words: str) -> subprocess.CompletedProcess[str]:
+def _process(settings: Settings) -> subprocess.CompletedProcess[str]:
     clean = {key: it for key, it in os.environ.items() if not key.startswith(("IMG2IMG", "LC_"))}
     chosen = {
         "WARM_UP_SIZES": "256x256",
@@ -164,11 +165,10 @@ def _process(settings: Settings, *words: str) -> subprocess.CompletedProcess[str
         **{key: str(it) for key, it in settings.items()},
     }
     return subprocess.run(
-        [sys.executable, "-m", "img2img_server", "doctor", *words],
+        [sys.executable, "-m", "img2img_server", "doctor"],
         env={
             **clean,
             "LC_ALL": "C",
-            "HF_ENDPOINT": f"http://127.0.0.1:{free_port()}",
             **{f"IMG2IMG_{key}": it for key, it in chosen.items()},
         },
         capture_output=True,
@@ -207,11 +207,15 @@ def test_the_command_prints_paths_with_other_letters_in_any_locale(
     assert "Traceback" not in done.stderr
 
 
-def test_a_misspelt_relative_path_is_no_model_of_the_hub(tmp_path: Path) -> None:
-    done = _process({"MODEL": "models/dreemy"}, "--json")
+@pytest.mark.usefixtures("_settings_only_of_the_test")
+def test_a_misspelt_relative_path_is_no_model_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("IMG2IMG_MODEL", "models/dreemy")
+
+    done = CliRunner().invoke(main, ["doctor", "--json"])
 
     [sentence, *_] = [it for it in _sentences(json.loads(done.stdout)) if "models/dreemy" in it]
-    assert done.returncode in (1, 2)
+    assert done.exit_code in (1, 2)
     assert matches("folder|directory|file|path", sentence)
     assert matches("hub", sentence)
-    assert not re.search(INTERNAL, done.stdout + done.stderr)
+    assert not re.search(INTERNAL, done.output)

@@ -258,7 +258,7 @@ async def test_what_cannot_be_reached_is_tried_for_the_stated_time(
         with caplog.at_level(logging.WARNING):
             async with connect_blobs(settings) as blobs:
                 with pytest.raises(StorageError, match=f"IMG2IMG_S3_ENDPOINT_URL: .*{why}.*given"):
-                    await blobs.prepare(0.1)
+                    await blobs.prepare(0.5)
         assert any("trying again" in line and host in line for line in caplog.messages)
 
 
