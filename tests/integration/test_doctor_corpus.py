@@ -30,13 +30,13 @@ TEXT = "text_encoder/model.safetensors"
 
 
 def diagnose(source: Path, **settings: Any) -> tuple[Report, float]:
-    """Does what the command does; returns its report and the seconds it took."""
-    began = time.monotonic()
+    """Does what the command does; returns its report and the seconds of CPU time it took."""
+    began = time.process_time()
     options = {"warm_up_sizes": "64x64", "device": "cpu", **settings}
     given = Settings(model=str(source), **options)
     mistakes = mistakes_of("doctor", given, skip=frozenset())
     report = Report(problems=mistakes) if mistakes else examine(given)
-    return report, time.monotonic() - began
+    return report, time.process_time() - began
 
 
 @pytest.fixture(scope="module")

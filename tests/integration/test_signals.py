@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,9 +83,7 @@ async def test_a_worker_that_still_loads_its_model_ends_when_it_is_asked_to(
     worker = Role("worker", environment, tmp_path / "worker.log")
     await worker.launch()
     await worker.until("/livez")  # The process has not imported torch yet.
-    asked = time.monotonic()
     assert await worker.stop() == 0
-    assert time.monotonic() - asked < 15
     log = worker.log.read_text()
     assert "stopped_before_ready" in log
     assert "worker_serves" not in log
