@@ -6,7 +6,9 @@ import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+import pytest
 from aiohttp import web
+from huggingface_hub import constants
 
 from tests.web_peers import serving
 
@@ -57,6 +59,13 @@ async def hub(
         web.get("/owner/tiny/resolve/{revision}/{name:.+}", resolve),
     ) as port:
         yield f"http://127.0.0.1:{port}", asked
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """Makes the hub's library in this process send its requests to an address."""
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 def digest(data: bytes) -> str:

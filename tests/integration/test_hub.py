@@ -19,7 +19,7 @@ from img2img_server.engine.diffusers.local_model import LocalModel, find_model
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.worker.downloads import forget_downloads
-from tests.fake_hub import hub
+from tests.fake_hub import hub, use_hub
 
 TOML = b"name = 'pebble'\n[defaults]\nnum_inference_steps = 3\n"
 TURBO = {
@@ -55,12 +55,6 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     structlog.reset_defaults()
 
 
-def use(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-
-
 async def find(source: str = "owner/tiny") -> LocalModel:
     return await asyncio.to_thread(find_model, source)
 
@@ -70,7 +64,7 @@ async def test_a_hub_id_is_read_like_the_folder(
     source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with hub({**TURBO, "img2img.toml": TOML}) as (address, asked):
-        use(monkeypatch, address)
+        use_hub(monkeypatch, address)
         found = await find(source)
     spec = read_model_spec(source, found)
 
@@ -86,7 +80,7 @@ async def test_a_hub_id_is_read_like_the_folder(
     assert sorted(asked) == sorted({*used, "img2img.toml"})
 
     # The hub is away now; the cache has the revision by its name.
-    use(monkeypatch, "http://127.0.0.1:9")
+    use_hub(monkeypatch, "http://127.0.0.1:9")
     assert (await find(source)).path == found.path
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert (await find(source)).path == found.path
@@ -129,7 +123,7 @@ async def test_each_failure_of_a_hub_has_a_sentence_of_its_own(
         )
 
     async with hub(TURBO, fault) as (address, _):
-        use(monkeypatch, address)
+        use_hub(monkeypatch, address)
         with pytest.raises(ModelError, match=sentence) as caught:
             await find()
     assert "\n" not in str(caught.value)
@@ -142,7 +136,7 @@ async def test_files_that_only_need_access_are_reported_as_gated(
         return error(401, "GatedRepo") if "resolve" in request.path else None
 
     async with hub(TURBO, fault) as (address, _):
-        use(monkeypatch, address)
+        use_hub(monkeypatch, address)
         with pytest.raises(ModelError, match=r"is gated, .* set HF_TOKEN"):
             await find()
 
@@ -158,7 +152,7 @@ async def test_a_hub_that_does_not_answer_is_reported_within_the_stated_time(
 
     monkeypatch.setattr(hub_module, "ANSWER_SECONDS", 0.3)
     async with hub(TURBO, fault) as (address, _):
-        use(monkeypatch, address)
+        use_hub(monkeypatch, address)
         with pytest.raises(ModelError, match="did not answer in time"):
             await find()
         assert called.is_set()
@@ -168,7 +162,7 @@ async def test_a_hub_that_does_not_answer_is_reported_within_the_stated_time(
 async def test_a_hub_that_is_away_is_named_with_what_to_check(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    use(monkeypatch, "http://127.0.0.1:9")
+    use_hub(monkeypatch, "http://127.0.0.1:9")
     with pytest.raises(ModelError, match=r"no connection to http://127.0.0.1:9 .*HF_ENDPOINT"):
         await find()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -185,7 +179,7 @@ async def test_pickles_of_a_hub_are_refused_before_they_are_downloaded(
         if not name.startswith("sd_")
     }
     async with hub(pickles) as (address, asked):
-        use(monkeypatch, address)
+        use_hub(monkeypatch, address)
         with pytest.raises(ModelError, match="is a pickle, which can run code"):
             await find()
     assert [name for name in asked if name.endswith(".bin")] == []
@@ -196,7 +190,7 @@ async def test_a_model_without_readable_weights_is_refused_before_its_download(
 ) -> None:
     files = {name: data for name, data in TURBO.items() if not name.startswith("unet/diffusion")}
     async with hub({**files, "unet/model.onnx": b"other"}) as (address, asked):
-        use(monkeypatch, address)
+        use_hub(monkeypatch, address)
         with pytest.raises(ModelError, match=r"no weights of the unet .* are model\.onnx: name a"):
             await find()
     assert not [name for name in asked if name.endswith(".safetensors")]
@@ -209,10 +203,10 @@ async def test_a_download_that_was_cut_off_is_no_model_while_the_hub_is_away(
         return error(401, "GatedRepo") if "unet/diffusion" in request.path else None
 
     async with hub(TURBO, fault) as (address, _):
-        use(monkeypatch, address)
+        use_hub(monkeypatch, address)
         with pytest.raises(ModelError, match="is gated"):
             await find()
-    use(monkeypatch, "http://127.0.0.1:9")
+    use_hub(monkeypatch, "http://127.0.0.1:9")
     with pytest.raises(ModelError, match=r"cache .* lacks files of the \w+ of owner/tiny, and "):
         await find()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -220,7 +214,7 @@ async def test_a_download_that_was_cut_off_is_no_model_while_the_hub_is_away(
         await find()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     async with hub(TURBO) as (address, asked):
-        use(monkeypatch, address)
+        use_hub(monkeypatch, address)
         await find()
     # The refusal may have ended downloads of other parts, too.
     assert "unet/diffusion_pytorch_model.fp16.safetensors" in asked
@@ -252,7 +246,7 @@ async def test_a_download_is_shown_while_it_runs(
             await shown.wait()
 
     async with hub(TURBO, fault) as (address, _):
-        use(monkeypatch, address)
+        use_hub(monkeypatch, address)
         await find()
     assert any("model_downloading: owner/tiny" in line for line in caplog.messages)
 
@@ -265,7 +259,7 @@ async def test_the_class_of_a_tiny_autoencoder_is_checked_before_its_weights_are
         "diffusion_pytorch_model.safetensors": b"weights",
     }
     async with hub(files) as (address, asked):
-        use(monkeypatch, address)
+        use_hub(monkeypatch, address)
         with pytest.raises(ModelError, match="owner/tiny has an autoencoder of the class") as error:
             await asyncio.to_thread(load_tiny_vae, "owner/tiny", torch.float32)
     assert error.value.setting == "tiny_vae"
