@@ -39,6 +39,7 @@ from img2img_server.engine.diffusers.parts import (
     guarded,
     load_part,
 )
+from img2img_server.engine.diffusers.scaled_weights import unscaled
 from img2img_server.engine.family import ModelError, about_setting
 from img2img_server.engine.tensor_names import (
     HARMLESS_IN_CHECKPOINT,
@@ -326,7 +327,7 @@ def _text_encoder(
     with _without_memory():
         encoder = encoder_class(encoder_class.config_class(**config))
     expected = encoder.state_dict()
-    tensors = _unscaled(own)
+    tensors = unscaled(where, own)
     for start in ("text_model.", "model."):
         if not any(key.startswith(start) for key in expected):
             tensors = {key.removeprefix(start): it for key, it in tensors.items()}
@@ -341,19 +342,6 @@ def _text_encoder(
     encoder.load_state_dict({key: it.to(dtype) for key, it in converted.items()}, assign=True)
     encoder.tie_weights()
     return encoder.eval()
-
-
-def _unscaled(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors with the factors that files in 8 bits have for each of them."""
-    scales = {key for key in own if key.endswith((".scale_weight", ".scale_input"))}
-    found = {}
-    for key, tensor in own.items():
-        factor = own.get(f"{key.removesuffix('weight')}scale_weight")
-        if key in scales or key == "scaled_fp8":
-            continue
-        is_scaled = key.endswith(".weight") and factor is not None
-        found[key] = tensor.float() * factor.float() if is_scaled and factor is not None else tensor
-    return found
 
 
 def _elements(tensors: Mapping[str, Tensor]) -> int:

@@ -1,0 +1,64 @@
+"""Reads text encoders whose weights are in 8 bits with a factor for each, in the forms of ComfyUI.
+
+The older form has `scale_weight` and `scaled_fp8`, the newer one `weight_scale` and `comfy_quant`,
+which names the format. Factors of the inputs are for computing in 8 bits and are not needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Final
+
+from torch import Tensor
+
+from img2img_server.engine.family import ModelError
+
+_FACTORS: Final = (".scale_weight", ".weight_scale")
+_UNNEEDED: Final = (".scale_input", ".input_scale", ".comfy_quant")
+_FORMATS: Final = ("float8_e4m3fn", "float8_e5m2")
+
+
+def unscaled(where: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns tensors multiplied by their factors.
+
+    Args:
+        where: The place of the tensors, for sentences.
+
+    Raises:
+        ModelError: They are in a form with another number of bits, or with factors of blocks.
+    """
+    found = {}
+    for key, tensor in own.items():
+        if key.endswith(".comfy_quant"):
+            _check_format(where, key, tensor)
+        if key.endswith((*_FACTORS, *_UNNEEDED)) or key == "scaled_fp8":
+            continue
+        layer = key.removesuffix(".weight")
+        factor = next((own[layer + it] for it in _FACTORS if layer + it in own), None)
+        if factor is None or layer == key:
+            found[key] = tensor
+            continue
+        rows = (tensor.shape[0], *[1] * (tensor.ndim - 1))
+        if factor.numel() not in (1, tensor.shape[0]) or not tensor.is_floating_point():
+            raise _refusal(where, f"{layer}{_FACTORS[1]}")
+        factor = factor.float().reshape(rows if factor.numel() > 1 else ())
+        found[key] = tensor.float() * factor
+    return found
+
+
+def _check_format(where: str, key: str, tensor: Tensor) -> None:
+    """Raises ModelError if a tensor of `comfy_quant`, which is JSON, names a format of others."""
+    try:
+        form = json.loads(bytes(tensor.flatten().tolist()))["format"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _refusal(where, key) from error
+    if form not in _FORMATS:
+        raise _refusal(where, f"{key}: {form}")
+
+
+def _refusal(where: str, what: str) -> ModelError:
+    return ModelError(
+        f"{where} has weights in a form that is not read ({what}): use the file in fp16, bf16 or "
+        "fp8 with one factor for each weight"
+    )
