@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from img2img_server.engine.checkpoint import CLIP, UNET, Hints, describe_unet
 from img2img_server.engine.diffusers.families import detect
+from img2img_server.engine.diffusers.local_model import find_model
 from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS, own_sampler
 from img2img_server.engine.distillation import UNET_DISTILLATIONS
 from img2img_server.engine.family import ModelFiles
@@ -156,6 +158,10 @@ def test_unets_are_known_by_the_words_of_their_own_name(
         ("ZImagePipeline", "Tongyi-MAI/Z-Image-Turbo", {}, (8, 0.0)),
         ("ZImagePipeline", "z_image_turbo_bf16.safetensors", {}, (8, 0.0)),
         ("ZImagePipeline", "turbo/Z-Image", {}, (28, 4.0)),
+        ("ZImagePipeline", "zimageturbo_v10", {}, (8, 0.0)),
+        ("FluxPipeline", "fluxturbo", {"guidance_embeds": True}, (8, 3.5)),
+        ("ChromaPipeline", "chromaflash-q8_0.gguf", {}, (16, 1.0)),
+        ("QwenImagePipeline", "qwenimagelightning-4steps", {}, (4, 1.0)),
         ("QwenImagePipeline", "Qwen-Image-Lightning-4steps-V1.0", {}, (4, 1.0)),
         ("QwenImagePipeline", "Qwen-Image-Distill-Full", {}, (15, 1.0)),
         ("QwenImagePipeline", "Qwen/Qwen-Image-2512", {}, (50, 4.0)),
@@ -420,6 +426,33 @@ def test_every_form_of_a_model_has_the_same_defaults(
     assert found == (steps, scale)
     if scheduler:
         assert info.schedulers[0] == scheduler
+
+
+@pytest.mark.parametrize("write", [write_folder, write_file], ids=["folder", "file"])
+@pytest.mark.parametrize(
+    ("file", "settings"),
+    [
+        ("photo", {}),
+        ("photo-lcm", {}),
+        ("photo", {"model_name": "photo-lightning-2step"}),
+        ("photo", {"gguf_file": Path("/data/turbo/photo-dmd2-Q4_0.gguf")}),
+        ("photo-lcm", {"gguf_file": Path("photo-de-lcm.gguf")}),
+    ],
+    ids=["plain", "own", "entry", "gguf", "reversed"],
+)
+def test_the_loaded_model_has_the_defaults_that_its_settings_announce(
+    write: Callable[[Path], Path], file: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    suffix = ".safetensors" if write is write_file else ""
+    source = str(write(tmp_path / f"{file}{suffix}"))
+    found = find_model(source, **settings)
+    loaded = found.family.traits(found.files)
+    spec = read_model_spec(source, defaults=ModelDefaults(**settings))
+
+    assert loaded.num_inference_steps == spec.num_inference_steps
+    assert (loaded.guidance_scale, loaded.scheduler) == (spec.guidance_scale, spec.scheduler)
+    is_plain = "de-lcm" in str(settings) or (not settings and file == "photo")
+    assert (spec.num_inference_steps == 20) == is_plain
 
 
 def test_the_operator_replaces_each_default(tmp_path: Path) -> None:

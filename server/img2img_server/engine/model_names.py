@@ -25,6 +25,8 @@ _ARCHITECTURE: Final = re.compile(
     r"\w*xl|sd\d*|ssd|sdv\d+|flux\d*|qwen|zimage|chroma\d*|kolors|ernie|krea\d*|diffusion|pony|"
     r"illustrious|noobai|v\d+\w*"
 )
+# Names of architectures that stand before another word without punctuation: sdxlturbo.
+_BEFORE: Final = r"(?:sd\d*|\w*xl|\w*image|flux\d*|chroma\d*|qwen)"
 # Words that may follow the kind of checkpoint: formats, versions, steps, recommended samplers.
 _DETAIL: Final = re.compile(
     r"\d+(st|k|b)?|\d*steps?|fp\d+|bf16|int\d+|nf4|gguf|q\d\w*|x|large|medium|mini|base|pruned|ema|"
@@ -84,7 +86,7 @@ class ModelName:
         """
         words = self.words.strip("-").split("-")
         for place, found in enumerate(words):
-            if re.fullmatch(rf"(?:sd\d*|\w*xl){word}(?:v?\d+)?", found):
+            if re.fullmatch(rf"{_BEFORE}{word}(?:v?\d+)?", found):
                 return True
             if not re.fullmatch(rf"{word}(?:v?\d+)?", found):
                 continue
