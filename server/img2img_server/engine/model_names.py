@@ -25,7 +25,7 @@ _ARCHITECTURE: Final = re.compile(
     r"\w*xl|sd\d*|ssd|sdv\d+|flux\d*|qwen|zimage|chroma\d*|kolors|ernie|krea\d*|diffusion|pony|"
     r"illustrious|noobai|v\d+\w*"
 )
-# Names of architectures that stand before another word without punctuation: sdxlturbo.
+# Names of architectures that can come before a word without punctuation: sdxlturbo.
 _BEFORE: Final = r"(?:sd\d*|\w*xl|\w*image|flux\d*|chroma\d*|qwen)"
 # Words that may follow the kind of checkpoint: formats, versions, steps, recommended samplers.
 _DETAIL: Final = re.compile(
