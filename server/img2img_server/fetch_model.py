@@ -87,8 +87,7 @@ def fetch_model(settings: Settings, source: str, target: Path, revision: str = "
         else:
             draft = draft_of(target, source, revision)
             from_hub(settings, source, revision, draft)
-        if not (draft / INDEX).is_file():
-            raise ModelError(f"{source} is no diffusers model: it has no {INDEX}")
+        check_index(draft, source)
         try:
             prove(draft, settings)
         except ModelError as error:
@@ -162,8 +161,7 @@ def check_files(folder: Path, *, allow_pickles: bool = False, without: Parts = (
     Raises:
         ModelError: The model is of no family, or a file is missing or damaged.
     """
-    if not (folder / INDEX).is_file():
-        raise ModelError(f"{folder} is no diffusers model: it has no {INDEX}")
+    check_index(folder, str(folder))
     files = ModelFiles.read(folder)
     family = detect(files, str(folder))
     family.check_parts(files)
@@ -338,6 +336,16 @@ def from_hub(
     )
     # the hub library's notes for later updates of the folder
     shutil.rmtree(draft / ".cache", ignore_errors=True)
+
+
+def check_index(folder: Path, name: str) -> None:
+    """Raises ModelError for a folder that is no model in diffusers' layout.
+
+    Args:
+        name: The source or the folder, for the sentence.
+    """
+    if not (folder / INDEX).is_file():
+        raise ModelError(f"{name} is no diffusers model: it has no {INDEX}: name one that has it")
 
 
 def prove(folder: Path, settings: Settings, without: Parts = ()) -> None:

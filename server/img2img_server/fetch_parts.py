@@ -16,8 +16,16 @@ import structlog
 
 from img2img_server.domain.hub_id import HubId
 from img2img_server.engine.diffusers.families import detect, families
-from img2img_server.engine.family import INDEX, ModelError, ModelFiles
-from img2img_server.fetch_model import draft_of, fault_of, from_hub, from_s3, prove, publish
+from img2img_server.engine.family import ModelError, ModelFiles
+from img2img_server.fetch_model import (
+    check_index,
+    draft_of,
+    fault_of,
+    from_hub,
+    from_s3,
+    prove,
+    publish,
+)
 from img2img_server.settings import Settings
 
 # Models whose parts fit all models of a family. Some ask for a token of the hub.
@@ -74,8 +82,7 @@ def fetch_parts(settings: Settings, source: str, folder: Path, revision: str = "
         else:
             draft = draft_of(draft, source, revision)
             from_hub(settings, source, revision, draft, needed)
-        if not (draft / INDEX).is_file():
-            raise ModelError(f"{source} is no diffusers model: it has no {INDEX}")
+        check_index(draft, source)
         target = target_of(ModelFiles.read(draft))
         try:
             prove(draft, settings, _DENOISERS)

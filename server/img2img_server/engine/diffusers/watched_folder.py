@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Generic, TypeVar
 
+from img2img_server.engine.family import access_cure
+
 Content = TypeVar("Content")
 
 _log = logging.getLogger(__name__)
@@ -154,8 +156,8 @@ class WatchedFolder(Generic[Content]):
                 return None
         except OSError as error:
             level = logging.DEBUG if file.stem in self._unreadable else logging.WARNING
-            cure = ": correct its permissions" if isinstance(error, PermissionError) else ""
-            _log.log(level, "%s_unreadable: %s: %s%s", self._kind, file.name, error, cure)
+            message = "%s_unreadable: %s: %s%s"
+            _log.log(level, message, self._kind, file.name, error, access_cure(error))
             self._unreadable.add(file.stem)
             return None
         self._unreadable.discard(file.stem)
