@@ -333,8 +333,9 @@ async def test_a_queued_job_says_why_its_model_cannot_be_loaded_and_runs_once_it
                 break
         for each in (waiting, await api.get(job.name)):
             assert each.state == job_pb2.Job.STATE_QUEUED
-            assert "No worker can load the model b now: m.toml: entry b" in each.warning
-            assert "its vae is damaged. The job waits until one can, until 20" in each.warning
+            assert "No worker can load the model b now; Model.load_failures says" in each.warning
+            assert "The job waits until one can, until 20" in each.warning
+            assert "m.toml" not in each.warning
         loader.wrong.clear()
         await bus.control.command_model(ModelCommand(worker="w1/b", loads=True))
         *_, end = await read_until(watching, "succeeded")

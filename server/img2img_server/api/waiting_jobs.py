@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Final
 
 from img2img_server.domain.job import Job, State, StateReason
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.domain.warnings import join_warnings
 from img2img_server.errors import UnavailableError
 from img2img_server.interfaces.records import WorkerRegistry
-
-_FAILURE_CHARACTERS: Final = 300  # most of each reason why a model could not be loaded
 
 
 async def is_lost(job: Job, workers: WorkerRegistry) -> bool:
@@ -66,13 +63,8 @@ def unserved_warning(model: str, announced: Sequence[WorkerInfo], ends_at: float
     if any(worker.serves for worker in of_model):
         return ""
     limit = f"until {datetime.fromtimestamp(ends_at, UTC):%Y-%m-%d %H:%M} UTC at most"
-    failures = dict.fromkeys(_shortened(worker.failure) for worker in of_model if worker.failure)
-    if failures:
-        state = f"No worker can load the model {model} now: {'; '.join(failures)}."
+    if any(worker.failure for worker in of_model):
+        # The reasons name files of the operator; warnings also reach the callers of gateways.
+        state = f"No worker can load the model {model} now; Model.load_failures says why."
         return f"{state} The job waits until one can, {limit}."
     return f"No worker serves the model {model} now. The job waits until one does, {limit}."
-
-
-def _shortened(failure: str) -> str:
-    text = " ".join(failure.split()).rstrip(".")
-    return text if len(text) <= _FAILURE_CHARACTERS else f"{text[: _FAILURE_CHARACTERS - 1]}…"
