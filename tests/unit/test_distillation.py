@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import Any
 import pytest
 
 from img2img_server.engine.checkpoint import CLIP, UNET, Hints, describe_unet
-from img2img_server.engine.diffusers.families import detect
+from img2img_server.engine.diffusers.families import detect, families
 from img2img_server.engine.diffusers.local_model import find_model
 from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS, own_sampler
 from img2img_server.engine.distillation import UNET_DISTILLATIONS
 from img2img_server.engine.family import ModelFiles
 from img2img_server.engine.model_names import ModelName
 from img2img_server.engine.model_spec import ModelDefaults, ModelSpec, read_model_spec
+from tests.readme import ROOT
 
 EULER = {"_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon"}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
@@ -479,3 +481,36 @@ def test_the_operator_replaces_each_default(tmp_path: Path) -> None:
 )
 def test_a_name_has_whole_words(source: str, words: str) -> None:
     assert ModelName.of(source).words == words
+
+
+FIELDS = {"time_cond_proj_dim", "guidance_embeds", "is_distilled", "4", "8", "16", "step"}
+
+
+def rows_of_the_page() -> Iterator[tuple[str, str, int, float, str]]:
+    """Yields family, word, steps, guidance scale and scheduler of the table in docs/models.md."""
+    page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    table = page.partition("\n## Distilled models\n")[2].partition("\n## ")[0]
+    family = ""
+    for line in table.splitlines():
+        if not line.startswith("| ") or line.startswith(("| family", "| ---")):
+            continue
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        family = cells[0].partition("`")[2].partition("`")[0] or family
+        if "in a Medium model" in cells[2]:
+            cells[2] = cells[2].partition(",")[2]  # That word has the row of Large.
+        for word in sorted(set(re.findall(r"`([^`]+)`", cells[2])) - FIELDS):
+            steps, scale = (re.match(r"[\d.]+", cell) for cell in cells[3:5])
+            assert steps
+            assert scale
+            yield family, word, int(steps[0]), float(scale[0]), cells[5].strip("`")
+
+
+def test_each_word_of_the_page_has_the_defaults_of_its_row() -> None:
+    classes = {family.name: next(iter(family.pipelines)) for family in families()}
+    rows = list(rows_of_the_page())
+    assert len(rows) > 25
+    for family, word, steps, scale, scheduler in rows:
+        configs = {"transformer": {"guidance_embeds": True}} if family == "flux" else {}
+        found = defaults(classes[family], word, **configs)
+        assert found[:2] == (steps, scale), (family, word)
+        assert scheduler in ("own", found[2]), (family, word)
