@@ -64,6 +64,7 @@ async def test_the_size_of_a_model_is_known_before_it_is_loaded(folder: Path) ->
         await loader.unload(loaded)
         assert found.info.name == loaded.engine.model.name == model.name
         assert found.info == loaded.engine.model
+        assert found.info.noise_levels  # for estimates of requests that wait for the load
         # Buffers of the modules, such as positions, are not in the files.
         assert 0 <= loaded.size - found.size < 0.02 * loaded.size
 

@@ -129,6 +129,16 @@ def test_about_as_many_steps_are_estimated_as_the_engine_runs(
     assert len(run.steps) <= model.most_denoising_steps(params)
 
 
+@pytest.mark.parametrize("case", [("sd", 0), ("z_image", 0), ("qwen_image", 0)], ids=str)
+def test_more_steps_than_the_table_has_are_estimated(case: tuple[str, int]) -> None:
+    model, schedules = model_of(*case)
+    side, name = model.native_size, model.schedulers[0]
+    for share in (0.02, 0.3, 0.6, 0.9, 1.0):
+        params = request(strength=share, num_inference_steps=100, width=side, height=side)
+        run = schedules.get(name, 100, share, side, side, StrengthMode.NOISE_LEVEL)
+        assert abs(model.denoising_steps(params) - len(run.steps)) <= 10
+
+
 def test_the_shift_for_the_size_counts() -> None:
     model, schedules = model_of("flux", 0)
     found = {}
