@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
@@ -284,9 +285,10 @@ async def test_cancelling_an_unknown_job_is_404(job_id: str, gateway: Gateway) -
 
 async def test_an_api_that_is_away_is_503(gateway: Gateway) -> None:
     async with gateway_before(gateway.stack, address="127.0.0.1:1") as away:
-        for answer in (
-            await away.http.get("/v1/capabilities", headers=KEY),
-            await away.http.post("/v1/jobs", json=body(), headers=KEY),
-            await away.http.post("/v1/jobs/10000001:cancel", headers=KEY),
-        ):
+        calls = (
+            away.http.get("/v1/capabilities", headers=KEY),
+            away.http.post("/v1/jobs", json=body(), headers=KEY),
+            away.http.post("/v1/jobs/10000001:cancel", headers=KEY),
+        )
+        for answer in await asyncio.gather(*calls):
             assert answer.status_code == 503
