@@ -18,6 +18,7 @@ from img2img_client import Client
 from img2img_server import clock, telemetry
 from img2img_server.domain.job import Job, SampleResult, State
 from img2img_server.domain.models import WorkerInfo
+from img2img_server.domain.noise_levels import NoiseLevels
 from img2img_server.domain.params import JobParams
 from img2img_server.domain.price import Price
 from img2img_server.nats.usage import Usage, UsageOfDay
@@ -142,6 +143,30 @@ def test_the_metric_names_a_bounded_number_of_tenants() -> None:
     named = sum(value is not None for value in values)
     assert named <= 100
     assert (REGISTRY.get_sample_value(name, {"tenant": "other"}) or 0) >= 300 - named
+
+
+async def test_an_estimate_takes_the_steps_of_a_noise_level_from_the_announced_table() -> None:
+    # Half of the noise is reached after a quarter of the schedule.
+    levels = NoiseLevels(
+        schedulers=FAKE_MODEL.schedulers, schedules=((4, (-1382, 0, 110, 220, 1382)),)
+    )
+    model = replace(FAKE_MODEL, pixel_step_seconds=1e-6, noise_levels=(levels,))
+    spec = job_pb2.JobSpec(
+        prompt="a harbour",
+        width=512,
+        height=256,
+        strength=0.5,
+        num_inference_steps=20,
+        strength_mode=job_pb2.STRENGTH_MODE_NOISE_LEVEL,
+    )
+    bus = memory_bus()
+    await bus.workers.announce(WorkerInfo(name="w", model=model, device="cpu", job_seconds=2.0))
+    async with running_api(bus, PRICED) as api:
+        request = service_pb2.EstimateJobRequest(spec=spec)
+        found = await api.stub.EstimateJob(request, metadata=DEV)
+    assert found.denoising_steps == 5
+    assert found.device_seconds == pytest.approx(5 * 512 * 256 * 1e-6)
+    assert found.price == pytest.approx(0.5 * found.device_seconds)
 
 
 async def test_an_estimate_has_the_complete_request_and_creates_nothing() -> None:
