@@ -219,16 +219,15 @@ def motion_module_as_a_model(builder: Builder) -> Settings:
     return {"MODEL": builder.tensors("motion.safetensors", {name: (320,)})}
 
 
-@broken("dreamy-fp8.safetensors", "8 bit|8-bit|fp8|float8|scale", advice=OTHER)
-def checkpoint_in_fp8_with_scales(builder: Builder) -> Settings:
+@broken("dreamy-nf4.safetensors", "4 bits|integers", advice=OTHER)
+def checkpoint_in_nf4(builder: Builder) -> Settings:
     tensors = {}
     for key, it in builder.stock.single.items():
         is_linear = key.startswith("model.diffusion_model.") and it.ndim == 2
-        tensors[key] = it.to(torch.float8_e4m3fn) if is_linear else it
+        tensors[key] = torch.zeros((it.numel() // 2, 1), dtype=torch.uint8) if is_linear else it
         if is_linear:
-            tensors[key.removesuffix("weight") + "scale_weight"] = torch.ones(1)
-    tensors["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
-    return {"MODEL": builder.tensors("dreamy-fp8.safetensors", tensors)}
+            tensors[f"{key}.absmax"] = torch.ones(it.numel() // 64 + 1)
+    return {"MODEL": builder.tensors("dreamy-nf4.safetensors", tensors)}
 
 
 @broken("dreamy.safetensors", "brushnet|not used|unexpected|unknown", advice=OTHER)

@@ -329,17 +329,16 @@ def nan_autoencoder(it: Place) -> Path:
     return folder
 
 
-def scaled_fp8_file(it: Place) -> Path:
+def file_in_blocks_of_8_bits(it: Place) -> Path:
     file = it.file()
 
     def scaled(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        changed = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+        changed = {}
         for key, tensor in found.items():
+            changed[key] = tensor
             if key.startswith("model.diffusion_model.") and tensor.ndim == 2:
                 changed[key] = (tensor * 2).to(torch.float8_e4m3fn)
-                changed[key.removesuffix("weight") + "scale_weight"] = torch.tensor(0.5)
-            else:
-                changed[key] = tensor
+                changed[f"{key}_scale"] = torch.ones(len(tensor), 2)
         return changed
 
     edit(file, scaled)
@@ -489,7 +488,11 @@ BROKEN: dict[str, tuple[Callable[[Place], Path], str, str]] = {
     "text-of-another": (text_encoder_of_sd2, "model/unet", PARTS),
     "nan": (nan_weights, "unet: conv_out.bias", "fetch the file again"),
     "nan-vae": (nan_autoencoder, "vae: decoder", "fetch the file again"),
-    "scaled-fp8": (scaled_fp8_file, "file.safetensors", "use the file in fp16 or bf16"),
+    "blocks-of-8-bits": (
+        file_in_blocks_of_8_bits,
+        "file.safetensors",
+        "use the file in fp16, bf16",
+    ),
     "gguf": (gguf_as_model, "flux1-dev-Q4.gguf", "name it with IMG2IMG_GGUF_FILE"),
     "link-loop": (symlink_loop, "/loop", "correct the link"),
     "link-loop-part": (loop_of_a_part, UNET, "correct the link"),

@@ -291,10 +291,10 @@ def test_a_checkpoint_with_more_or_less_than_its_model_is_refused(
         (["emb_params"], "is a textual inversion embedding"),
         (["some.weight"], "is no checkpoint of a layout .*some.weight"),
         (["input_blocks.0.0.weight", "input_hint_block.0.weight"], "is a ControlNet"),
-        (["double_blocks.0.img_attn.qkv.weight.absmax"], "has weights in 8 or 4 bits"),
-        (["double_blocks.0.img_attn.qkv.weight_scale"], "has weights in 8 or 4 bits"),
+        (["double_blocks.0.img_attn.qkv.weight.absmax"], "has weights in 4 bits"),
+        (["double_blocks.0.img_attn.qkv.weight_scale_2"], "has weights in 4 bits"),
     ],
-    ids=["lora", "vae", "embedding", "other", "controlnet", "4-bits", "8-bits"],
+    ids=["lora", "vae", "embedding", "other", "controlnet", "nf4", "nvfp4"],
 )
 def test_another_kind_of_file_is_named(names: list[str], sentence: str, tmp_path: Path) -> None:
     file = tmp_path / "file.safetensors"

@@ -407,6 +407,33 @@ def rewritten(folder: Path, kind: str) -> dict[str, Tensor]:
     return {f"{start}{name}": it for name, it in encoder.state_dict().items()}
 
 
+@pytest.mark.usefixtures("_small_widths")
+@pytest.mark.parametrize("is_new", [True, False], ids=["newer", "older"])
+@pytest.mark.parametrize("kind", ["flux-dev", "sd3.5"])
+def test_a_denoiser_in_8_bits_with_factors_gives_the_image_of_its_weights(
+    kind: str, is_new: bool, tmp_path: Path
+) -> None:
+    file, parts = written(kind, tmp_path)
+    tensors = load_file(file)
+    small = {key: (it * 2).to(FP8) for key, it in tensors.items() if it.ndim == 2}
+    save_file(tensors | {key: it.float() / 2 for key, it in small.items()}, file)
+    cpu, options = torch.device("cpu"), ModelOptions(model_parts_dir=parts)
+    expected = image(DiffusersDenoiser.load(str(file), cpu, torch.float32, options), 3.0)
+    for key in [*small]:
+        name = "weight_scale" if is_new else "scale_weight"
+        small |= {f"{key.removesuffix('weight')}{name}": torch.tensor(0.5)}
+        if not is_new:
+            small |= {f"{key.removesuffix('weight')}scale_input": torch.tensor(1.0)}
+    if not is_new:
+        start = "model.diffusion_model." if kind == "sd3.5" else ""
+        small[f"{start}scaled_fp8"] = torch.zeros(2, dtype=FP8)
+    save_file(tensors | small, file)
+
+    found = image(DiffusersDenoiser.load(str(file), cpu, torch.float32, options), 3.0)
+    assert difference(found, expected) == 0
+    assert expected.std() > 10, "the image has contrast"
+
+
 def scaled(own: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns T5 in 8 bits with factors, in the newer form of ComfyUI."""
     form = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)

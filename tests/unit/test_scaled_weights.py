@@ -1,4 +1,4 @@
-"""Weights in 8 bits with factors, as ComfyUI stores text encoders."""
+"""Weights in 8 bits with factors, as ComfyUI stores models."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def form(name: str) -> Tensor:
 )
 def test_a_weight_is_multiplied_by_its_factor(extra: dict[str, Tensor]) -> None:
     norm = torch.ones(3)
-    found = unscaled("the text_encoder", {"a.weight": FP8, "norm.weight": norm, **extra})
+    found = unscaled("", {"a.weight": FP8, "norm.weight": norm, **extra}, torch.float32)
     assert found.keys() == {"a.weight", "norm.weight"}
     assert torch.equal(found["a.weight"], WEIGHT / 2)
     assert found["norm.weight"] is norm
@@ -45,7 +45,7 @@ def test_a_weight_is_multiplied_by_its_factor(extra: dict[str, Tensor]) -> None:
 def test_a_factor_of_each_output_belongs_to_its_row(shape: tuple[int, ...]) -> None:
     square, factors = torch.ones(3, 3).to(torch.float8_e4m3fn), torch.tensor([1.0, 2.0, 3.0])
     own = {"a.weight": square, "a.weight_scale": factors.reshape(shape)}
-    assert torch.equal(unscaled("", own)["a.weight"], factors[:, None].expand(3, 3))
+    assert torch.equal(unscaled("", own, torch.float32)["a.weight"], factors[:, None].expand(3, 3))
 
 
 @pytest.mark.parametrize(
@@ -60,4 +60,4 @@ def test_a_factor_of_each_output_belongs_to_its_row(shape: tuple[int, ...]) -> N
 )
 def test_another_form_is_refused_with_what_to_do(extra: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match=r"the text_encoder has .* not read .*: use the file"):
-        unscaled("the text_encoder", {"a.weight": FP8, **extra})
+        unscaled("the text_encoder", {"a.weight": FP8, **extra}, torch.float32)

@@ -23,6 +23,8 @@ from img2img_server.engine.file_kinds import kind_of_tensors
 from img2img_server.engine.model_names import ModelName
 from img2img_server.engine.tensor_names import DENOISER, HARMLESS_IN_CHECKPOINT, first_names
 
+# In a file in 8 bits of ComfyUI, a tensor without values that says so.
+SCALED_FP8: Final = "scaled_fp8"
 Shapes = Mapping[str, tuple[int, ...]]
 Value = TypeVar("Value")
 
@@ -46,11 +48,7 @@ _SD_BETAS: Final[Mapping[str, Any]] = {
 }
 _HEAD_WIDTH: Final = 64
 _OPEN_CLIP_LAYERS: Final = 24  # of the text encoder of Stable Diffusion 2.x
-_COMFY_TEXTS: Final = "text_encoders."
-_SCALED: Final = re.compile(
-    r"(^|\.)(scaled_fp8|scale_weight|weight_scale|comfy_quant|absmax|nested_absmax|quant_map)$"
-    r"|\.quant_state\."
-)
+_FOUR_BITS: Final = re.compile(r"\.((nested_)?absmax|quant_map|weight_scale_2)$|\.quant_state\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +123,7 @@ def describe_unet(shapes: Shapes, hints: Hints, place: str) -> Checkpoint:
         ModelError: The file is no checkpoint that can be served, or has tensors that would be
             ignored.
     """
-    check_scaled(shapes, place)
+    check_bits(shapes, place)
     # A ControlNet has no output blocks; a UNet without its last layer is reported as incomplete.
     has_outputs = any(name.startswith(f"{UNET}output_blocks.") for name in shapes)
     if f"{UNET}input_blocks.0.0.weight" not in shapes or not has_outputs:
@@ -166,6 +164,7 @@ def check_known(shapes: Shapes, found: Checkpoint, place: str) -> None:
         name
         for name in shapes
         if not name.startswith(known) and not HARMLESS_IN_CHECKPOINT.search(name)
+        if name != SCALED_FP8
     ]
     if unknown:
         raise ModelError(
@@ -174,14 +173,12 @@ def check_known(shapes: Shapes, found: Checkpoint, place: str) -> None:
         )
 
 
-def check_scaled(shapes: Shapes, place: str) -> None:
-    """Raises ModelError for a denoiser in 8 or 4 bits with factors, in the forms of ComfyUI and
-    bitsandbytes."""
-    scaled = [name for name in shapes if _SCALED.search(name) and not name.startswith(_COMFY_TEXTS)]
-    if scaled:
+def check_bits(shapes: Shapes, place: str) -> None:
+    """Raises ModelError for weights in 4 bits, in the forms of bitsandbytes and ComfyUI."""
+    if small := [name for name in shapes if _FOUR_BITS.search(name)]:
         raise ModelError(
-            f"{place} has weights in 8 or 4 bits with factors ({scaled[0]}), which are not "
-            "read: use the file in fp16 or bf16, and IMG2IMG_QUANTIZATION for 8 bits in memory"
+            f"{place} has weights in 4 bits ({small[0]}), which are not read: use the file in "
+            "fp16, bf16 or fp8, and IMG2IMG_QUANTIZATION for 8 bits in memory"
         )
 
 

@@ -16,7 +16,7 @@ from img2img_server.engine.checkpoint import (
     Hints,
     Shapes,
     autoencoder,
-    check_scaled,
+    check_bits,
     count,
 )
 from img2img_server.engine.checkpoint_text import TEXT_ENCODERS, inside, text_config
@@ -50,7 +50,7 @@ def describe_flow(shapes: Shapes, hints: Hints, place: str) -> Checkpoint | None
     Raises:
         ModelError: The file holds text encoders in another layout than that of ComfyUI.
     """
-    check_scaled(shapes, place)
+    check_bits(shapes, place)
     for prefix in _PREFIXES:
         own = {
             name.removeprefix(prefix): shape

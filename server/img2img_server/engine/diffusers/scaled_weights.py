@@ -1,4 +1,4 @@
-"""Reads text encoders whose weights are in 8 bits with a factor for each, in the forms of ComfyUI.
+"""Reads weights in 8 bits with a factor for each of them, in the forms of ComfyUI.
 
 The older form has `scale_weight` and `scaled_fp8`, the newer one `weight_scale` and `comfy_quant`,
 which names the format. Factors of the inputs are for computing in 8 bits and are not needed.
@@ -10,8 +10,10 @@ import json
 from collections.abc import Mapping
 from typing import Final
 
+import torch
 from torch import Tensor
 
+from img2img_server.engine.checkpoint import SCALED_FP8
 from img2img_server.engine.family import ModelError
 
 _FACTORS: Final = (".scale_weight", ".weight_scale")
@@ -19,11 +21,12 @@ _UNNEEDED: Final = (".scale_input", ".input_scale", ".comfy_quant")
 _FORMATS: Final = ("float8_e4m3fn", "float8_e5m2")
 
 
-def unscaled(where: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unscaled(where: str, own: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Returns tensors multiplied by their factors.
 
     Args:
         where: The place of the tensors, for sentences.
+        dtype: The type of tensors that have a factor; all others stay as they are.
 
     Raises:
         ModelError: They are in a form with another number of bits, or with factors of blocks.
@@ -32,7 +35,7 @@ def unscaled(where: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in own.items():
         if key.endswith(".comfy_quant"):
             _check_format(where, key, tensor)
-        if key.endswith((*_FACTORS, *_UNNEEDED)) or key == "scaled_fp8":
+        if key.endswith((*_FACTORS, *_UNNEEDED, SCALED_FP8)):
             continue
         layer = key.removesuffix(".weight")
         factor = next((own[layer + it] for it in _FACTORS if layer + it in own), None)
@@ -43,7 +46,7 @@ def unscaled(where: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if factor.numel() not in (1, tensor.shape[0]) or not tensor.is_floating_point():
             raise _refusal(where, f"{layer}{_FACTORS[1]}")
         factor = factor.float().reshape(rows if factor.numel() > 1 else ())
-        found[key] = tensor.float() * factor
+        found[key] = (tensor.float() * factor).to(dtype)
     return found
 
 

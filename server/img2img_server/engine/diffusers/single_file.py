@@ -111,7 +111,8 @@ def load_single_file(
         config = checkpoint.files.config(name)
         where = f"the {name} in {path}"
         if name in checkpoint.prefixes:
-            prefix, own = checkpoint.prefixes[name], checkpoint.held(tensors, name)
+            prefix, held = checkpoint.prefixes[name], checkpoint.held(tensors, name)
+            own = unscaled(where, held, dtype)
             if entry[0] == "diffusers":
                 quantiser = quantization if name == family.denoiser else None
                 parts[name] = _network(where, entry[1], config, own, dtype, quantiser)
@@ -327,7 +328,7 @@ def _text_encoder(
     with _without_memory():
         encoder = encoder_class(encoder_class.config_class(**config))
     expected = encoder.state_dict()
-    tensors = unscaled(where, own)
+    tensors = unscaled(where, own, dtype)
     for start in ("text_model.", "model."):
         if not any(key.startswith(start) for key in expected):
             tensors = {key.removeprefix(start): it for key, it in tensors.items()}
