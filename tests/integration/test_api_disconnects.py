@@ -295,7 +295,7 @@ async def test_heartbeats_come_while_a_job_waits_and_while_it_runs(method: str) 
         waiting = await read_until(call, "heartbeat", await read_until(call, "queued"))
         # Heartbeats come before the snapshot, too, if the machine is slow.
         shown = [m for m in waiting if m.event.WhichOneof("event") != "heartbeat"]
-        shown.append(waiting[-1])
+        shown = [*shown[:2], waiting[-1]]
         assert kinds(shown) == ["snapshot", "queued", "heartbeat"]
         assert [message.event.sequence for message in shown] == [0, 1, 1]
         assert {message.event.job for message in shown} == {shown[0].event.job}
@@ -306,8 +306,10 @@ async def test_heartbeats_come_while_a_job_waits_and_while_it_runs(method: str) 
             rest = [message async for message in call]
     everything = [*waiting, *running, *rest]
     assert kinds(everything)[-1] == "succeeded"
-    log = [m.event.sequence for m in everything if m.event.WhichOneof("event") != "heartbeat"]
-    assert log == list(range(len(log)))
+    # A second snapshot may say that the queued job waits for its model.
+    others = ("heartbeat", "snapshot")
+    log = [m.event.sequence for m in everything if m.event.WhichOneof("event") not in others]
+    assert log == list(range(1, len(log) + 1))
 
 
 async def test_heartbeats_come_before_the_job_exists_while_its_init_image_is_fetched() -> None:
