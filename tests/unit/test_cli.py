@@ -307,6 +307,18 @@ def test_the_live_display_of_a_narrow_terminal_never_cuts_the_id_of_a_job(column
     assert f"jobs/{2**63 - 1}" in console.file.getvalue()
 
 
+def test_without_a_terminal_the_reason_why_a_queued_job_waits_is_printed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waiting = job(State.STATE_QUEUED)
+    waiting.state_reason, waiting.warning = "MODEL_UNSERVED", "No worker serves the model now."
+    service = FakeService()
+    monkeypatch.setattr(service, "_job", lambda: waiting)
+    result = run(service, "watch", NAME)
+    expected = f"{NAME} is queued (model unserved). No worker serves the model now.\n"
+    assert (result.exit_code, result.stderr) == (0, expected)
+
+
 def test_an_empty_list_prints_no_jobs() -> None:
     service = FakeService(pages={"": service_pb2.ListJobsResponse()})
     assert run(service, "list").stdout == "no jobs\n"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Self
 
+import click
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -168,10 +169,19 @@ def queued_text(event: events.Queued) -> str:
 
 @contextmanager
 def display() -> Iterator[Callable[[events.Event], None]]:
-    """Yields a function that shows an event on stderr; it does nothing without a terminal."""
+    """Yields a function that shows an event on stderr. Without a terminal, it shows only why a
+    queued job does not proceed.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda _: None
+        yield _print_reason
         return
     with LiveDisplay(console) as live:
         yield live.show
+
+
+def _print_reason(event: events.Event) -> None:
+    match event:
+        case events.Snapshot(job=job) if job.state is State.QUEUED and job.state_reason:
+            line = f"{job.name} is {with_reason('queued', job)}. {job.warning}"
+            click.echo(line.rstrip(), err=True)
