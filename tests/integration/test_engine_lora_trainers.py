@@ -316,7 +316,7 @@ def test_products_of_a_whole_layer_are_split_or_refused(load: Load, tmp_path: Pa
     weight = torch.cat([module.weight for module in modules])
     sizes = [len(module.weight) for module in modules]
     key = "diffusion_model.layers.0.attention.qkv"
-    for form in (glora, ia3):
+    for form in (glora, ia3, ia3_of_inputs):
         tensors, change = form(weight.clone())
         expected = {
             str(number): (
@@ -330,6 +330,34 @@ def test_products_of_a_whole_layer_are_split_or_refused(load: Load, tmp_path: Pa
     file = {f"{key}.{name}": it for name, it in oft(weight)[0].items()}
     why = refusal(denoiser, tmp_path / "oft", file)
     assert "merge it into the model" in why
+
+
+def test_products_with_another_size_than_their_layer_are_refused(
+    load: Load, tmp_path: Path
+) -> None:
+    denoiser = load("sd")
+    linear, convolution = (layer_of(denoiser, it).weight for it in (QUERY, CONVOLUTION))
+    flat = convolution[0].numel()
+    wrong = [
+        (QUERY, glora(linear)[0] | {"b2.weight": draw(RANK, linear.shape[1] - 1)}),
+        (CONVOLUTION, glora(convolution)[0] | {"b2.weight": draw(RANK, convolution.shape[1])}),
+        (CONVOLUTION, {"weight": draw(flat), "on_input": torch.tensor(1)}),
+        (QUERY, {"oft_blocks": draw(9, len(linear) // 4, 4, 4)}),
+    ]
+    for number, (layer, tensors) in enumerate(wrong):
+        file = {f"lora_unet_{layer.replace('.', '_')}.{key}": it for key, it in tensors.items()}
+        assert "size" in refusal(denoiser, tmp_path / str(number), file), layer
+
+
+def test_a_tensor_with_and_without_the_name_of_an_adapter_is_refused(
+    load: Load, tmp_path: Path
+) -> None:
+    denoiser = load("sd")
+    down, up, _ = factors(layer_of(denoiser, QUERY))
+    file = {}
+    for adapter in ("", ".default"):
+        file |= {f"{QUERY}.lora_A{adapter}.weight": down, f"{QUERY}.lora_B{adapter}.weight": up}
+    assert "twice, with and without the name of an adapter" in refusal(denoiser, tmp_path, file)
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,21 @@ def test_a_factor_of_each_output_belongs_to_its_row(shape: tuple[int, ...]) -> N
         {"a.weight_scale": torch.tensor(1.0), "a.comfy_quant": form("nvfp4")},
         {"a.weight_scale": torch.tensor(1.0), "a.comfy_quant": torch.zeros(2, dtype=torch.uint8)},
         {"a.weight": torch.ones(3, 4, dtype=torch.int8), "a.weight_scale": torch.tensor(1.0)},
+        {"a.weight": torch.ones(4, 4), "a.weight_scale": torch.ones(2, 2)},
+        {"a.weight": torch.ones(4, 4), "a.weight_scale": torch.ones(1, 4)},
+        {"a.weight_scale": torch.ones(3, dtype=torch.uint8)},
+        {"a.weight": torch.tensor(1.0), "a.weight_scale": torch.ones(3)},
     ],
-    ids=["blocks", "four-bits", "no-json", "integers"],
+    ids=[
+        "blocks",
+        "four-bits",
+        "no-json",
+        "integers",
+        "as-many-blocks-as-rows",
+        "columns",
+        "exponents",
+        "no-rows",
+    ],
 )
 def test_another_form_is_refused_with_what_to_do(extra: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match=r"the text_encoder has .* not read .*: use the file"):

@@ -16,17 +16,18 @@ from img2img_server.domain.hub_id import HubId
 # A word ends at punctuation and before a capital: SDTurbo, v50Lightning. Digits stay with the
 # letters before them, such as DMD2 and v50, unless they are a number of steps: Lightning4step.
 _BOUNDARY: Final = re.compile(
-    r"[\W_]+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[A-Za-z])(?=\d+[\W_]?[Ss]tep)"
+    r"[\W_]+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z](?!v\d)[a-z])|(?<=[A-Za-z])(?=\d+[\W_]?[Ss]tep)"
 )
 _CACHED: Final = re.compile(r"models--(?:.+--)?([^/]+)/snapshots/[^/]+(/(unet|transformer))?")
 _WEIGHTS: Final = re.compile(r"\.(safetensors|ckpt|bin|pth?|gguf|sft)$", re.IGNORECASE)
 # Words that only the name of a checkpoint has: its architecture or version.
 _ARCHITECTURE: Final = re.compile(
-    r"\w*xl|sd\d*|ssd|sdv\d+|flux\d*|qwen|zimage|chroma\d*|kolors|ernie|krea\d*|diffusion|pony|"
+    r"\w*xl|sd\d*|ssd|sdv\d+|flux\d*|qwen|\w*image|chroma\d*|kolors|ernie|krea\d*|diffusion|pony|"
     r"illustrious|noobai|v\d+\w*"
 )
-# Names of architectures that can come before a word without punctuation: sdxlturbo.
-_BEFORE: Final = r"(?:sd\d*|\w*xl|\w*image|flux\d*|chroma\d*|qwen)"
+# Names of architectures and versions that can come before a word without punctuation: sdxlturbo,
+# v2turbo.
+_BEFORE: Final = r"(?:sd\d*|\w*xl|\w*image|flux\d*|chroma\d*|qwen|v\d+|half)"
 # Words that may follow the kind of checkpoint: formats, versions, steps, recommended samplers.
 _DETAIL: Final = re.compile(
     r"\d+(st|k|b)?|\d*steps?|fp\d+|bf16|int\d+|nf4|gguf|q\d\w*|x|large|medium|mini|base|pruned|ema|"

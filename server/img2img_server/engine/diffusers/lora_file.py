@@ -177,19 +177,22 @@ def _plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     the factors of IA3, which LyCORIS calls `weight`.
 
     Raises:
-        LoraError: There are several adapters.
+        LoraError: There are several adapters, or a tensor with and without the name of one.
     """
-    adapters, found = set(), {}
+    adapters, found, twice = set(), {}, ""
     for key, tensor in tensors.items():
         if f"{key.removesuffix('.weight')}.on_input" in tensors:
             key = key.removesuffix(".weight") + ".ia3"
         elif match := _ADAPTER.fullmatch(key):
             adapters.add(match[2])
             key = match[1] + (match[3] or "")
+        twice = twice or (key if key in found else "")
         found[key] = tensor
     if len(adapters) > 1:
         names = ", ".join(sorted(adapters))
         raise LoraError(f"it has several LoRAs, {names}: store each in a file of its own")
+    if twice:
+        raise LoraError(f"{twice} is in it twice, with and without the name of an adapter")
     return found
 
 

@@ -20,6 +20,7 @@ from img2img_server.engine.diffusers.lora_products import (
     GLORA,
     IA3,
     OFT,
+    fits,
     is_product,
     product_change,
     product_rank,
@@ -260,6 +261,8 @@ class Change:
                 f"{self.group.name} is for a layer of {have} values, but {layer} has {want}: the "
                 "file belongs to another model"
             )
+        if is_product(self.group.tensors) and not fits(self.group.tensors, self.weight):
+            raise LoraError(f"{self.group.name} has another size than {layer}")
         kernel = self.group.kernel_size
         if kernel is not None and math.prod(kernel) * inputs != flat and inputs != flat:
             raise LoraError(f"{self.group.name} has another kernel than {layer}")

@@ -110,7 +110,8 @@ def _belongs_elsewhere(names: Sequence[str]) -> LoraError:
 def _check_outputs(group: Group, pieces: tuple[Target, ...]) -> None:
     """Raises LoraError if a group has not all outputs of its layers, or more."""
     outputs, wanted = group.shape[0], sum(target.weight.shape[0] for target in pieces)
-    if any(target.rows is not None for target in pieces) and outputs != wanted:
+    # IA3 of the inputs has no outputs.
+    if outputs and any(target.rows is not None for target in pieces) and outputs != wanted:
         raise LoraError(
             f"{group.name} is for a layer of {outputs} outputs, but its layers here have {wanted}: "
             "the file belongs to another model"

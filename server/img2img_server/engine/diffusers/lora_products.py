@@ -6,6 +6,7 @@ The roles of their tensors are `glora_a1` to `glora_b2`, `oft_blocks` with `resc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -41,6 +42,17 @@ def product_sizes(own: Mapping[str, Tensor]) -> tuple[int, int]:
     if first.shape != second.T.shape or third.shape[1] != fourth.shape[0]:
         raise ValueError
     return third.shape[0], first.shape[0]
+
+
+def fits(own: Mapping[str, Tensor], weight: Tensor) -> bool:
+    """Returns whether tensors can change a weight that has their outputs."""
+    outputs, inputs, *kernel = weight.shape
+    if "oft_blocks" in own:
+        *times, _, size, _ = own["oft_blocks"].shape
+        # BOFT rotates pairs of groups of outputs, which are twice as large in each rotation.
+        return not times or (size % 2 == 0 and outputs % (2 ** times[0] * (size // 2)) == 0)
+    has_inputs = product_sizes(own)[1] in (0, inputs)
+    return has_inputs and ("ia3" in own or _glora(own)[3].shape[1] == inputs * math.prod(kernel))
 
 
 def product_rank(own: Mapping[str, Tensor]) -> int | None:

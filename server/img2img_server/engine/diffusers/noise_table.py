@@ -34,7 +34,7 @@ def noise_levels(schedules: Schedules, model: ModelInfo) -> tuple[NoiseLevels, .
         try:
             tables = _schedules(schedules, model, name, most.get(name, _NUMBERS[-1]))
             sizes = _by_size(schedules, model, name, tables[-1][0])
-        except ValueError:  # Requests with it fail and say why.
+        except (ValueError, NotImplementedError):  # Requests with it fail and say why.
             continue
         levels = NoiseLevels(schedulers=(), schedules=tables, by_size=sizes)
         found.setdefault(levels, []).append(name)

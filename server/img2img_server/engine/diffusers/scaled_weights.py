@@ -42,9 +42,11 @@ def unscaled(where: str, own: Mapping[str, Tensor], dtype: torch.dtype) -> dict[
         if factor is None or layer == key:
             found[key] = tensor
             continue
-        rows = (tensor.shape[0], *[1] * (tensor.ndim - 1))
-        if factor.numel() not in (1, tensor.shape[0]) or not tensor.is_floating_point():
+        is_float = tensor.is_floating_point() and factor.is_floating_point()
+        by_row = tensor.shape[:1], (*tensor.shape[:1], 1)
+        if not is_float or (factor.numel() != 1 and factor.shape not in by_row):
             raise _refusal(where, f"{layer}{_FACTORS[1]}")
+        rows = (-1, *[1] * (tensor.ndim - 1))
         factor = factor.float().reshape(rows if factor.numel() > 1 else ())
         found[key] = (tensor.float() * factor).to(dtype)
     return found
