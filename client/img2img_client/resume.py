@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from img2img.v1 import event_pb2, service_pb2
 from img2img_client import convert, errors
-from img2img_client.events import Ended, Event, SampleFinished, Snapshot
+from img2img_client.events import Ended, Event, SampleFinished, Snapshot, Started
 from img2img_client.resources import Image, Job, Result, State, result_of
 
 FirstRequest = service_pb2.GenerateRequest | service_pb2.WatchJobRequest
@@ -125,6 +125,7 @@ class Follow:
         self.finished = False
         self._is_abandoned = False
         self.job: Job | None = None  # the newest record of the job
+        self._has_started = False  # since the last snapshot that was an event
         self.job_name, self.sequence = "", 0
         if isinstance(first, service_pb2.WatchJobRequest):
             self.job_name, self.sequence = first.name, first.after_sequence
@@ -155,7 +156,8 @@ class Follow:
         """
         event = convert.event_from(message)
         if isinstance(event, Snapshot):
-            seen = self.job is not None and not _waits_differently(self.job, event.job)
+            seen = self.job is not None and not self._waits_anew(self.job, event.job)
+            self._has_started = self._has_started and seen
         else:
             seen = message.sequence <= self.sequence
         self._backoff.connected(new_event=not seen)
@@ -166,10 +168,21 @@ class Follow:
         if event is None or seen:
             return None
         self.finished = isinstance(event, Ended)
+        self._has_started = self._has_started or isinstance(event, Started)
         if isinstance(event, SampleFinished):
             # this event replaces one of an earlier attempt
             self._images[event.sample] = event.image
         return event
+
+    def _waits_anew(self, before: Job, now: Job) -> bool:
+        """Returns whether a queued job waits for another reason than in the snapshot before, or
+        again for a reason after it has run.
+        """
+        if now.state is not State.QUEUED:
+            return False
+        if self._has_started:
+            return bool(now.state_reason)
+        return (now.state_reason, now.warning) != (before.state_reason, before.warning)
 
     def result(self) -> Result:
         """Returns the images of the finished job.
@@ -202,9 +215,3 @@ class Follow:
         if self.finished:
             return 0.0
         return self._backoff.delay(error, now, of_stream=True)
-
-
-def _waits_differently(before: Job, now: Job) -> bool:
-    """Returns whether a queued job waits for another reason than before."""
-    why_before, why = ((each.state_reason, each.warning) for each in (before, now))
-    return now.state is State.QUEUED and why != why_before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -55,3 +56,35 @@ async def test_a_job_that_a_worker_runs_does_not_expire_until_the_worker_is_lost
         ended = await api.get(job.name)
         assert ended.state == job_pb2.Job.STATE_FAILED
         assert ended.error.reason == "QUEUE_EXPIRED"
+
+
+async def test_an_end_that_a_stopping_api_interrupted_is_finished_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bus = memory_bus()
+    await bus.workers.announce(WorkerInfo(name="w", model=FAKE_MODEL, device="cpu"))
+    await bus.workers.withdraw("w")
+    async with running_api(bus) as api:
+        job = await api.create(spec(webhook="https://203.0.113.1/hook"))
+        put, reached, queued = bus.outbox.put, asyncio.Event(), []
+
+        async def hang(*_: object) -> None:
+            reached.set()
+            await asyncio.Event().wait()
+
+        async def count(*arguments: Any) -> None:
+            queued.append(arguments)
+            await put(*arguments)
+
+        monkeypatch.setattr(bus.outbox, "put", hang)
+        ending = asyncio.create_task(expiry(bus).end_expired())
+        await reached.wait()
+        ending.cancel()
+        await asyncio.wait({ending})
+        assert (await api.get(job.name)).error.reason == "QUEUE_EXPIRED"
+        monkeypatch.setattr(bus.outbox, "put", count)
+        for _ in range(2):
+            assert await expiry(bus).end_expired() == 0
+        assert len(queued) == 1
+        assert await bus.queue.unfinished("dev") == 0
+        assert await bus.permits.count("dev") == 0

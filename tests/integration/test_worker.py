@@ -225,6 +225,22 @@ async def test_a_job_whose_worker_is_lost_is_queued_with_the_reason() -> None:
     assert messages[-1].event.succeeded.job.state_reason == ""
 
 
+async def test_an_open_stream_says_each_time_that_the_worker_is_lost() -> None:
+    bus = memory_bus(ack_wait_seconds=0.2)
+    async with running_api(bus, settings(heartbeat_seconds=0.05)) as api:
+        watching = None
+        for name in ("first", "second"):
+            async with running_worker(bus, FakeEngine(hold_after=1), name=name) as doomed:
+                watching = watching or api.generate(spec(strength=1.0))
+                await read_until(watching, "step")
+                await killed(doomed, bus, name)
+            async for message in watching:
+                if message.event.snapshot.job.state_reason == "WORKER_LOST":
+                    break
+        async with running_worker(bus, name="heir"):
+            await read_until(watching, "succeeded")
+
+
 async def test_a_job_whose_worker_is_lost_is_cancelled_without_another_worker() -> None:
     bus, blobs = memory_bus(ack_wait_seconds=0.2), MemoryBlobStore()
     async with running_api(bus) as api:

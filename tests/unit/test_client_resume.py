@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from img2img.v1 import job_pb2, service_pb2
+from img2img.v1 import event_pb2, job_pb2, service_pb2
 from img2img_client.errors import UnavailableError
 from img2img_client.resume import Backoff, Follow, Retry
 from tests.fake_job import NAME, events
@@ -181,3 +181,14 @@ def test_a_repeated_snapshot_is_an_event_only_if_the_queued_job_waits_for_anothe
     waiting.snapshot.job.state = job_pb2.Job.STATE_RUNNING
     waiting.snapshot.job.warning = ""
     assert follow.take(waiting) is None
+
+
+def test_a_job_that_waits_again_for_the_same_reason_after_a_start_is_an_event() -> None:
+    follow = Follow(service_pb2.WatchJobRequest(name=NAME), RETRY)
+    waiting = snapshot(0)
+    waiting.snapshot.job.state = job_pb2.Job.STATE_QUEUED
+    waiting.snapshot.job.state_reason = "WORKER_LOST"
+    started = event_pb2.JobEvent(sequence=2, job=NAME, started=event_pb2.JobStarted(attempt=1))
+    messages = [waiting, waiting, started, waiting, waiting]
+    found = [follow.take(message) is not None for message in messages]
+    assert found == [True, False, True, True, False]

@@ -84,7 +84,12 @@ class Canceller:
 
         Raises UnavailableError.
         """
-        return await self._fail(tenant, job_id, errors.QueueExpiredError(hours), and_lost=True)
+        error = errors.QueueExpiredError(hours)
+        stored = await readable(self._jobs, tenant, job_id)
+        if stored and stored.job.failure and stored.job.failure.reason == error.reason:
+            await self._finish(stored.job)  # An api stopped before it had finished this end.
+            return False
+        return await self._fail(tenant, job_id, error, and_lost=True)
 
     async def _fail(
         self, tenant: str, job_id: int, error: errors.JobFailedError, *, and_lost: bool = False
@@ -109,14 +114,18 @@ class Canceller:
     async def _end(self, job: Job, revision: int, event: Cancelled | Failed) -> Job:
         job = advance(job, event, clock.now())
         await self._jobs.update(job, revision)
+        await self._finish(job)
+        log.info("queued_job_ended", job=job.id, state=job.state)
+        return job
+
+    async def _finish(self, job: Job) -> None:
+        """Does what follows the end of a queued job, unless it is done."""
         await self._ensure_terminal_event(job)
         if job.queue_sequence:
             await self._queue.remove(job.queue_sequence)
         with suppress(errors.UnavailableError):  # A permit that stays is found when it is needed.
             await self._permits.release(job.permit)
         await remove_state(self._states, job.suspended)
-        log.info("queued_job_ended", job=job.id, state=job.state)
-        return job
 
     async def _ensure_terminal_event(self, job: Job) -> None:
         """Appends the terminal event and queues the webhook, unless a worker owns the log."""

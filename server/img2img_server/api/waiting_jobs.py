@@ -23,7 +23,9 @@ async def is_lost(job: Job, workers: WorkerRegistry) -> bool:
         return False
 
 
-async def as_seen(job: Job, workers: WorkerRegistry, retention_hours: float) -> Job:
+async def as_seen(
+    job: Job, workers: WorkerRegistry, retention_hours: float, *, is_fresh: bool = True
+) -> Job:
     """Returns the job as callers see it. Its record stays as it is, since both can change.
 
     A job whose worker is lost is queued, because another worker will start it again. A queued job
@@ -31,6 +33,7 @@ async def as_seen(job: Job, workers: WorkerRegistry, retention_hours: float) -> 
 
     Args:
         retention_hours: The longest time that a job waits.
+        is_fresh: Reads the announcements again if no remembered worker serves.
     """
     if await is_lost(job, workers):
         reason = StateReason.WORKER_LOST
@@ -38,7 +41,8 @@ async def as_seen(job: Job, workers: WorkerRegistry, retention_hours: float) -> 
     if job.state is not State.QUEUED:
         return job
     try:
-        await workers.workers()  # A registry with a cache reads again if no worker serves.
+        if is_fresh:  # A registry with a cache reads again if no worker serves.
+            await workers.workers()
         announced = await workers.announced()
     except UnavailableError:
         return job

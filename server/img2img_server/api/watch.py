@@ -18,7 +18,7 @@ from img2img_server.api.estimate import Estimator
 from img2img_server.api.places import StreamPlaces
 from img2img_server.api.records import found
 from img2img_server.api.waiting_jobs import as_seen
-from img2img_server.domain.events import Envelope
+from img2img_server.domain.events import Envelope, Started
 from img2img_server.domain.job import Job, State, terminal_event
 
 SEQUENCE_MOST = 2**63 - 1  # int64; the greatest sequence that a caller can send
@@ -91,16 +91,19 @@ class Watcher:
         async with self._events.watch(job_id, after_sequence, tenant=tenant) as log:
             # The log is open before the record is read here, so no event between the two is missed.
             job = await self._seen(await self._get(tenant, job_id))
-            sent, seen = (job.state_reason, job.warning), after_sequence
+            # Why the job waits, as the last snapshot says; None: it has run since.
+            sent: tuple[str, str] | None = (job.state_reason, job.warning)
+            seen = after_sequence
             yield await self._snapshot(job, seen)
             last = await self._last(job)
             while last is None or last > seen:
                 envelope = await self._next(log)
                 if envelope is None:
-                    job = await self._seen(await self._get(tenant, job_id))
+                    job = await self._seen(await self._get(tenant, job_id), is_fresh=False)
                     last = await self._last(job)
                     why = job.state_reason, job.warning
-                    if job.state is State.QUEUED and why != sent:
+                    differs = bool(job.state_reason) if sent is None else why != sent
+                    if job.state is State.QUEUED and differs:
                         sent = why
                         yield await self._snapshot(job, seen)
                     elif self._heartbeat_seconds:
@@ -110,6 +113,8 @@ class Watcher:
                 yield await self._event(tenant, envelope, seen)
                 if envelope.is_terminal:
                     return
+                if isinstance(envelope.event, Started):
+                    sent = None
                 seen = envelope.sequence
             # The log was removed, or its writer died before the terminal event.
             ending = Envelope(
@@ -134,8 +139,8 @@ class Watcher:
         eta = await self._estimator.job(job)
         return convert.job(job, retention_hours=self._retention_hours, eta_seconds=eta)
 
-    async def _seen(self, job: Job) -> Job:
-        return await as_seen(job, self._workers, self._retention_hours)
+    async def _seen(self, job: Job, *, is_fresh: bool = True) -> Job:
+        return await as_seen(job, self._workers, self._retention_hours, is_fresh=is_fresh)
 
     async def _get(self, tenant: str, job_id: int) -> Job:
         return (await found(self._jobs, tenant, job_id)).job
