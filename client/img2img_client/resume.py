@@ -156,7 +156,7 @@ class Follow:
         """
         event = convert.event_from(message)
         if isinstance(event, Snapshot):
-            seen = self.job is not None and not self._waits_anew(self.job, event.job)
+            seen = self.job is not None and not self._waits_again(self.job, event.job)
             self._has_started = self._has_started and seen
         else:
             seen = message.sequence <= self.sequence
@@ -174,7 +174,7 @@ class Follow:
             self._images[event.sample] = event.image
         return event
 
-    def _waits_anew(self, before: Job, now: Job) -> bool:
+    def _waits_again(self, before: Job, now: Job) -> bool:
         """Returns whether a queued job waits for another reason than in the snapshot before, or
         again for a reason after it has run.
         """
