@@ -19,30 +19,17 @@ from img2img_server.engine.diffusers.noise_table import noise_levels
 from img2img_server.engine.diffusers.schedules import Schedules, schedules_of
 from img2img_server.engine.family import ModelFiles
 from img2img_server.nats import codec
+from tests.tiny_models import EPSILON, ZERO_SNR_V
 
-SD: dict[str, Any] = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
-    "timestep_spacing": "leading",
-    "steps_offset": 1,
-}
-ZERO_SNR = {
-    **SD,
-    "prediction_type": "v_prediction",
-    "timestep_spacing": "trailing",
-    "rescale_betas_zero_snr": True,
-}
-LINSPACE = {**SD, "beta_schedule": "linear", "timestep_spacing": "linspace"}
+LINSPACE = {**EPSILON, "beta_schedule": "linear", "timestep_spacing": "linspace"}
 EDM = {"_class_name": "EDMEulerScheduler", "sigma_data": 0.5, "prediction_type": "epsilon"}
 DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0}
 # The configurations of the schedulers of published models, by family.
 CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {
-    "sd": (SD, ZERO_SNR, LINSPACE),
-    "sdxl": (SD, {**SD, "timestep_spacing": "trailing"}, EDM),
-    "kolors": (SD,),
-    "lcm": (SD, {**SD, "original_inference_steps": 100}),
+    "sd": (EPSILON, ZERO_SNR_V, LINSPACE),
+    "sdxl": (EPSILON, {**EPSILON, "timestep_spacing": "trailing"}, EDM),
+    "kolors": (EPSILON,),
+    "lcm": (EPSILON, {**EPSILON, "original_inference_steps": 100}),
     "flux": (DYNAMIC, {"shift": 1.0}),
     "chroma": (DYNAMIC, {"shift": 1.0, "use_beta_sigmas": True}),
     "z_image": ({"shift": 3.0}, {"shift": 6.0}),
@@ -191,7 +178,7 @@ def test_schedulers_with_the_same_levels_share_a_table() -> None:
 def test_a_scheduler_that_cannot_run_has_no_table() -> None:
     model, _ = model_of("sd", 0)
     (family,) = (each for each in families() if each.name == "sd")
-    short = Schedules(family, {**SD, "num_train_timesteps": 20})
+    short = Schedules(family, {**EPSILON, "num_train_timesteps": 20})
     assert noise_levels(short, ModelInfo(**{**vars_of(model), "schedulers": ("ddim",)})) == ()
 
 

@@ -12,7 +12,7 @@ from img2img_server import clock, errors
 from img2img_server.api.cancel import Canceller
 from img2img_server.interfaces.queue import JobQueue
 
-INTERVAL_SECONDS: Final = 60.0  # average interval of the looks at the queue
+INTERVAL_SECONDS: Final = 60.0  # on average, between two searches of the queue
 
 log = structlog.get_logger()
 

@@ -157,7 +157,8 @@ def _encoder_aliases(model: LoadedModel, target: Target) -> Iterator[str]:
         )
     # Versions of transformers differ in the levels of the names.
     plain = target.layer.replace("language_model.", "").removeprefix("model.")
-    for name in {target.layer: 0, f"text_model.{target.layer}": 0, plain: 0, f"model.{plain}": 0}:
+    names = (target.layer, f"text_model.{target.layer}", plain, f"model.{plain}")
+    for name in dict.fromkeys(names):
         yield f"{target.part}.{name}"
         if in_comfy:
             yield f"text_encoders.{in_comfy}.transformer.{name}"
