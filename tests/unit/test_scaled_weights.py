@@ -48,6 +48,13 @@ def test_a_factor_of_each_output_belongs_to_its_row(shape: tuple[int, ...]) -> N
     assert torch.equal(unscaled("", own, torch.float32)["a.weight"], factors[:, None].expand(3, 3))
 
 
+def test_a_factor_of_each_output_of_a_convolution_belongs_to_its_row() -> None:
+    factors = torch.tensor([1.0, 2.0, 3.0]).reshape(3, 1, 1, 1)
+    own = {"a.weight": torch.ones(3, 2, 3, 3).to(torch.float8_e4m3fn), "a.weight_scale": factors}
+    found = unscaled("", own, torch.float32)["a.weight"]
+    assert torch.equal(found, factors.expand(3, 2, 3, 3))
+
+
 @pytest.mark.parametrize(
     "extra",
     [
