@@ -141,7 +141,8 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
             else:
                 jobs, before = await page_of(self._deps.jobs, tenant, before, size, wanted)
         return service_pb2.ListJobsResponse(
-            jobs=[await self._watcher.message(job) for job in jobs],
+            # The workers are read again at most once for a page.
+            jobs=[await self._watcher.message(job, is_fresh=not n) for n, job in enumerate(jobs)],
             next_page_token=_token(before) if before else "",
         )
 

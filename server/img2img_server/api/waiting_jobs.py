@@ -26,7 +26,7 @@ async def is_lost(job: Job, workers: WorkerRegistry) -> bool:
 async def as_seen(
     job: Job, workers: WorkerRegistry, retention_hours: float, *, is_fresh: bool = True
 ) -> Job:
-    """Returns the job as callers see it. Its record stays as it is, since both can change.
+    """Returns the job as callers see it. Its record stays as it is, since workers come and go.
 
     A job whose worker is lost is queued, because another worker will start it again. A queued job
     whose model no worker serves has a warning.

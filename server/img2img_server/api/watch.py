@@ -130,9 +130,9 @@ class Watcher:
         """Returns the number of the last event of a job that has ended, else None."""
         return await self._events.last_sequence(job.id) if job.state.is_terminal else None
 
-    async def message(self, job: Job) -> job_pb2.Job:
-        """Returns the Job message of a record, with its estimate."""
-        return await self._message(await self._seen(job))
+    async def message(self, job: Job, *, is_fresh: bool = True) -> job_pb2.Job:
+        """Returns the Job message of a record, with its estimate. `is_fresh`: see `as_seen`."""
+        return await self._message(await self._seen(job, is_fresh=is_fresh))
 
     async def _message(self, job: Job) -> job_pb2.Job:
         """Returns the Job message of a job as callers see it."""

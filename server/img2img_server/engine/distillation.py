@@ -31,7 +31,7 @@ class Distillation:
         is_general: Whether the files of a model are more exact than this name.
     """
 
-    names: Callable[[ModelName], bool] = lambda name: False
+    names: Callable[[ModelName], bool]
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     takes_named_steps: bool = True
@@ -92,7 +92,6 @@ ORIGINAL_TURBO: Final = Distillation(
     num_inference_steps=4,
     guidance_scale=0.0,
 )
-TRAILING: Final = replace(ORIGINAL_TURBO, names=lambda name: False)
 LCM: Final = Distillation(
     names=lambda name: name.has(r"(?:sd\d*|\w*xl)?lcm(?:v?\d+)?"),
     num_inference_steps=8,

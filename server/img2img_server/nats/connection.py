@@ -352,11 +352,15 @@ class NatsConnection:
 
     async def next_sequence(self, stream: str, subject: str, start: int) -> int | None:
         """Returns the sequence of the subject's first message from `start` on, from the leader."""
+        msg = await self.next(stream, subject, start)
+        return msg.seq if msg else None
+
+    async def next(self, stream: str, subject: str, start: int) -> RawStreamMsg | None:
+        """Returns the subject's first message from `start` on, from the leader."""
         try:
-            msg = await self.ask(lambda: self.js.get_msg(stream, start, subject, next=True))
+            return await self.ask(lambda: self.js.get_msg(stream, start, subject, next=True))
         except nats.js.errors.NotFoundError:
             return None
-        return msg.seq
 
     async def sequences(self, stream: str, subject: str, start: int, most: int) -> list[int]:
         """Returns the sequences of the subject's first messages from `start` on, up to `most`.

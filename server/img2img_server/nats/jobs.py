@@ -176,12 +176,12 @@ class JetStreamJobQueue:
     async def next_before(self, before: float, after: int = 0) -> tuple[int, QueuedJob] | None:
         while True:
             start = after + 1
-            try:
-                get = partial(self._link.js.get_msg, subjects.JOBS, start, subjects.ALL_JOBS)
-                msg = await self._link.ask(partial(get, next=True))
-            except nats.js.errors.NotFoundError:
-                return None
-            if msg.time is None or msg.time.replace(tzinfo=UTC).timestamp() >= before:
+            msg = await self._link.next(subjects.JOBS, subjects.ALL_JOBS, start)
+            if (
+                msg is None
+                or msg.time is None
+                or msg.time.replace(tzinfo=UTC).timestamp() >= before
+            ):
                 return None
             after = msg.seq or start
             with suppress(codec.UndecodableError):  # Its worker makes it a dead letter.

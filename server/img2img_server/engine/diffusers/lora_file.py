@@ -139,7 +139,7 @@ def read_lora_file(file: Path) -> LoraFile:
         OSError: It cannot be read at present.
     """
     try:
-        names = read_header(file).keys()
+        read_header(file)  # Its errors say what is wrong with the file.
     except ModelAccessError as error:
         raise OSError(str(error)) from error
     except ModelError as error:

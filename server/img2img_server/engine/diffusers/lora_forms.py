@@ -251,8 +251,8 @@ class Change:
             is_cut = self.rows is not None and "oft_blocks" in self.group.tensors
             if is_cut or self.columns is not None or self.weight.ndim not in (2, 4):
                 raise LoraError(
-                    f"{self.group.name} has a form that cannot be used for {layer}, which is a "
-                    "part of its layer: merge it into the model, and serve the merged model"
+                    f"{self.group.name} changes several layers at once, among them {layer}, in a "
+                    "form that cannot be split: merge it into the model, and serve the merged model"
                 )
             outputs, inputs = outputs or own_outputs, inputs or own_inputs
         if outputs != own_outputs or inputs not in (own_inputs, flat):

@@ -44,13 +44,12 @@ def unscaled(where: str, own: Mapping[str, Tensor], dtype: torch.dtype) -> dict[
             continue
         is_float = tensor.is_floating_point() and factor.is_floating_point()
         # (rows,), (rows, 1) or, of a convolution, (rows, 1, 1, 1)
-        is_by_row = (
-            factor.shape[:1] == tensor.shape[:1] and factor.numel() == factor.shape[:1].numel()
-        )
+        rows = factor.shape[:1]
+        is_by_row = rows == tensor.shape[:1] and factor.numel() == rows.numel()
         if not is_float or (factor.numel() != 1 and not is_by_row):
             raise _refusal(where, f"{layer}{_FACTORS[1]}")
-        rows = (-1, *[1] * (tensor.ndim - 1))
-        factor = factor.float().reshape(rows if factor.numel() > 1 else ())
+        shape = (-1, *[1] * (tensor.ndim - 1)) if factor.numel() > 1 else ()
+        factor = factor.float().reshape(shape)
         found[key] = (tensor.float() * factor).to(dtype)
     return found
 

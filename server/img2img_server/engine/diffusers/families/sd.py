@@ -15,8 +15,8 @@ from img2img_server.engine.diffusers.unet_names import original_unet_name
 from img2img_server.engine.distillation import (
     LCM,
     LCM_EMBEDDED,
+    ORIGINAL_TURBO,
     TCD,
-    TRAILING,
     UNET_DISTILLATIONS,
     Distillation,
 )
@@ -84,7 +84,7 @@ class StableDiffusion(DiffusionFamily):
         is_plain = config.get("prediction_type", "epsilon") == "epsilon"
         is_trailing = config.get("timestep_spacing") == "trailing"
         if own in _TURBO and is_plain and is_trailing and not config.get("rescale_betas_zero_snr"):
-            return TRAILING
+            return ORIGINAL_TURBO
         return None
 
     def refusal(self, files: ModelFiles) -> str:
